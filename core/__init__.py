@@ -1,0 +1,1 @@
+"""The shared engine: scheduler, KV block manager, models, runner, sampler and text."""

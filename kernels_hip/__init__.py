@@ -1,0 +1,1 @@
+"""HIP tuning tables, one per gfx architecture, and HIP-only kernels."""

@@ -1,0 +1,1 @@
+"""The platform contract, its op definitions, discovery, and the hulls in the box."""

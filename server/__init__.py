@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: authentication, admission, metrics and the web page."""
