@@ -5,7 +5,10 @@
 #   make test ARGS="-k scheduler"
 
 SHELL := /bin/bash
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# The first interpreter that runs and fits; a shim on PATH may stand for one that is not there.
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+    "$$python" -c '$(FITS)' 2>/dev/null && { echo "$$python"; break; }; done)
 # Where to take torch from. Empty means pip's own index. Where that one brings the CUDA build and
 # the CPU build is wanted: make install TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -25,8 +28,8 @@ install: $(STAMP) ## .venv with the pinned torch, the package (editable) and its
 
 # torch first and by itself: the ranges of pyproject.toml then find it there and bring no other build.
 $(STAMP): pyproject.toml setup.py $(PINS)
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-	    { echo "trimaran needs Python 3.11 to 3.13; '$(PYTHON)' is not. Try: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11 to 3.13 with venv was found (Debian: apt install python3-venv)." \
+	    "Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "[1/4] virtual environment in .venv"
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
 	@echo "[2/4] torch (some minutes the first time)"
