@@ -51,7 +51,9 @@ class EngineArgs:
     seed: int = option(0, "Seed of everything not seeded by a request.")
     max_logprobs: int = option(20, "Most log-probabilities a request may ask for (-1: all).")
     logprobs_mode: str = option(
-        "raw", "Log-probabilities before or after sampling processing.", choices=("raw", "processed")
+        "raw",
+        "Log-probabilities before or after sampling processing.",
+        choices=("raw", "processed"),
     )
     platform: str = option("auto", "Platform to run on (see `trimaran platforms`).")
     device: int = option(0, "Index of the device on that platform.")
@@ -60,16 +62,24 @@ class EngineArgs:
         0.92, "Share of device memory the engine may use (on hosts: of what is free, at most half)."
     )
     kv_cache_memory_bytes: str | None = option(None, "KV cache size (k, m, g suffixes).")
-    kv_cache_dtype: str = option("auto", "KV cache element type.", choices=("auto", "bfloat16", "float16", "float32"))
+    kv_cache_dtype: str = option(
+        "auto", "KV cache element type.", choices=("auto", "bfloat16", "float16", "float32")
+    )
     block_size: int | None = option(None, "Tokens a KV block (the platform's choice).")
     num_gpu_blocks_override: int | None = option(None, "Exact number of KV blocks.")
     enable_prefix_caching: bool = option(True, "Reuse KV blocks of equal prefixes.")
     max_num_seqs: int | None = option(None, "Most sequences running at once.")
     max_num_batched_tokens: int | None = option(None, "Most tokens computed in a step.")
     enable_chunked_prefill: bool = option(True, "Let a prompt be computed over several steps.")
-    long_prefill_token_threshold: int = option(0, "Most prompt tokens of one request a step (0: any).")
-    scheduling_policy: str = option("fcfs", "Order of the queue.", choices=("fcfs", "priority", "sjf"))
-    async_scheduling: str = option("auto", "Plan step N+1 while N runs.", choices=("auto", "on", "off"))
+    long_prefill_token_threshold: int = option(
+        0, "Most prompt tokens of one request a step (0: any)."
+    )
+    scheduling_policy: str = option(
+        "fcfs", "Order of the queue.", choices=("fcfs", "priority", "sjf")
+    )
+    async_scheduling: str = option(
+        "auto", "Plan step N+1 while N runs.", choices=("auto", "on", "off")
+    )
     max_num_queued_reqs: int = option(4096, "Most requests waiting; more are refused with 429.")
     max_num_queued_tokens: int = option(8_388_608, "Most prompt tokens waiting.")
     tensor_parallel_size: int = option(1, "Processes one model's layers are split over.")

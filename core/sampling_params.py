@@ -139,13 +139,7 @@ def _check_range(
     name: str, value: float, low: float, high: float, *, low_open: bool = False
 ) -> None:
     bad_type = isinstance(value, bool) or not isinstance(value, int | float)
-    if (
-        bad_type
-        or math.isnan(value)
-        or value > high
-        or value < low
-        or (low_open and value == low)
-    ):
+    if bad_type or math.isnan(value) or value > high or value < low or (low_open and value == low):
         bracket = "(" if low_open else "["
         raise InvalidRequestError(
             f"{name} is {value!r}; it must be in {bracket}{low}, {high}].", param=name
