@@ -1,113 +1,33 @@
-"""Configuration: what the user asks (`EngineArgs`) and what the engine runs with (the rest).
+"""Configuration: what the user asks (`EngineArgs`, see `args`) and what the engine runs with.
 
 Every class here is frozen. `core.resolve.resolve(args)` decides every default once and returns
-new objects; nothing is changed afterwards. CLI flags derive from the fields of `EngineArgs` and
-`ServerArgs`: the `help` in a field's metadata is the flag's help.
+new objects; nothing is changed afterwards.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-DEFAULT_MODEL = "default"
+from .args import DEFAULT_MODEL, EngineArgs, ServerArgs, flag_fields, option
 
-
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
-    """A field that is also a command-line flag."""
-    metadata = {"help": help, "choices": choices}
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineArgs:
-    """What a user may say about an engine; None means "decide for me"."""
-
-    model: str = option(DEFAULT_MODEL, "Directory, hub id in the local cache, or `default`.")
-    tokenizer: str | None = option(None, "Tokenizer directory or hub id (the model's own).")
-    revision: str | None = option(None, "Hub revision of the model.")
-    trust_remote_code: bool = option(False, "Reserved; code from a model is never run today.")
-    dtype: str = option(
-        "auto",
-        "Weights and activations.",
-        choices=("auto", "bfloat16", "float16", "float32"),
-    )
-    max_model_len: str | None = option(
-        None, "Longest sequence in tokens (k, m suffixes; `auto` fits memory)."
-    )
-    load_format: str = option("auto", "`safetensors`, or `dummy` for random weights.")
-    served_model_name: list[str] = option([], "Names the server answers to (repeatable).")
-    generation_config: str = option(
-        "auto", "`auto` (the model's), a directory, or `none` for the neutral defaults."
-    )
-    override_generation_config: dict[str, Any] = option({}, "JSON merged over it.")
-    hf_overrides: dict[str, Any] = option({}, "JSON merged over the model's config.json.")
-    seed: int = option(0, "Seed of everything not seeded by a request.")
-    max_logprobs: int = option(20, "Most log-probabilities a request may ask for (-1: all).")
-    logprobs_mode: str = option(
-        "raw",
-        "Log-probabilities before or after sampling processing.",
-        choices=("raw", "processed"),
-    )
-    platform: str = option("auto", "Platform to run on (see `trimaran platforms`).")
-    device: int = option(0, "Index of the device on that platform.")
-    num_threads: int | None = option(None, "Compute threads (physical cores).")
-    gpu_memory_utilization: float = option(
-        0.92, "Share of device memory the engine may use (on hosts: of what is free, at most half)."
-    )
-    kv_cache_memory_bytes: str | None = option(None, "KV cache size (k, m, g suffixes).")
-    kv_cache_dtype: str = option(
-        "auto", "KV cache element type.", choices=("auto", "bfloat16", "float16", "float32")
-    )
-    block_size: int | None = option(None, "Tokens a KV block (the platform's choice).")
-    num_gpu_blocks_override: int | None = option(None, "Exact number of KV blocks.")
-    enable_prefix_caching: bool = option(True, "Reuse KV blocks of equal prefixes.")
-    max_num_seqs: int | None = option(None, "Most sequences running at once.")
-    max_num_batched_tokens: int | None = option(None, "Most tokens computed in a step.")
-    enable_chunked_prefill: bool = option(True, "Let a prompt be computed over several steps.")
-    long_prefill_token_threshold: int = option(
-        0, "Most prompt tokens of one request a step (0: any)."
-    )
-    scheduling_policy: str = option(
-        "fcfs", "Order of the queue.", choices=("fcfs", "priority", "sjf")
-    )
-    async_scheduling: str = option(
-        "auto", "Plan step N+1 while N runs.", choices=("auto", "on", "off")
-    )
-    max_num_queued_reqs: int = option(4096, "Most requests waiting; more are refused with 429.")
-    max_num_queued_tokens: int = option(8_388_608, "Most prompt tokens waiting.")
-    tensor_parallel_size: int = option(1, "Processes one model's layers are split over.")
-    disable_log_stats: bool = option(False, "No periodic statistics in the log.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerArgs:
-    """What a user may say about the HTTP server."""
-
-    host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(8000, "Port to listen on (0: any free one, printed).")
-    uds: str | None = option(None, "Unix socket to listen on instead of a port.")
-    api_key: list[str] = option([], "Accepted API key (repeatable; also TRIMARAN_API_KEY).")
-    chat_template: str | None = option(None, "File with a chat template (the model's own).")
-    response_role: str = option("assistant", "Role of generated messages.")
-    allowed_origins: list[str] = option([], "CORS origins (none).")
-    allowed_hosts: list[str] = option([], "Host header names accepted beside the bound address.")
-    root_path: str = option("", "Path prefix when behind a proxy.")
-    strict_params: bool = option(False, "400 for unknown request fields instead of a header.")
-    max_body_bytes: int = option(33_554_432, "Largest request body.")
-    max_header_bytes: int = option(65_536, "Largest request header block.")
-    shutdown_timeout: float = option(30.0, "Seconds to drain after SIGTERM.")
-    in_process_engine: bool = option(False, "Run the engine inside the server process.")
-    enable_prompt_tokens_details: bool = option(True, "Report cached tokens in usage.")
-    log_format: str = option("text", "Log lines.", choices=("text", "json"))
-    log_level: str = option("info", "Log level.", choices=("debug", "info", "warning", "error"))
-    max_stream_buffer: int = option(4_194_304, "Bytes a slow reader may lag before it is cut off.")
+__all__ = [
+    "DEFAULT_MODEL",
+    "CacheConfig",
+    "CacheGroupConfig",
+    "EngineArgs",
+    "EngineConfig",
+    "ModelSpec",
+    "ParallelConfig",
+    "PlatformChoice",
+    "SchedulerConfig",
+    "ServerArgs",
+    "flag_fields",
+    "option",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +111,3 @@ class EngineConfig:
     parallel: ParallelConfig
     platform: PlatformChoice
     disable_log_stats: bool = False
-
-
-def flag_fields(args_class: type) -> list[dataclasses.Field[Any]]:
-    """The dataclass fields that are command-line flags, in order."""
-    return [f for f in dataclasses.fields(args_class) if "help" in f.metadata]
