@@ -1,0 +1,1 @@
+"""The engine loop and the ways to reach it: in process, or in its own."""

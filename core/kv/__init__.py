@@ -1,0 +1,1 @@
+"""KV cache blocks: pool, prefix index, block manager. Knows block ids only; no torch."""

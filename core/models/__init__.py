@@ -1,0 +1,1 @@
+"""The parametric decoder, its families, and the loading of weights."""

@@ -1,0 +1,1 @@
+"""The runner: rows, batches, forward, output heads."""

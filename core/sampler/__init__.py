@@ -1,0 +1,1 @@
+"""Sampling: counter-based noise, features on stable rows, log-probabilities."""
