@@ -1,1 +1,1 @@
-"""Groups of processes that share one model."""
+"""Groups of processes that one model is split over."""

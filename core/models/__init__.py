@@ -1,1 +1,1 @@
-"""The parametric decoder, its families, and the loading of weights."""
+"""One parametric decoder, the families that describe models to it, and the loading of weights."""

@@ -1,0 +1,1 @@
+"""Model families: one short file each, from config.json to a `DecoderSpec` and weight names."""
