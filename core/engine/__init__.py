@@ -1,1 +1,1 @@
-"""The engine loop and the ways to reach it: in process, or in its own."""
+"""The engine: its loop, and the clients that reach it in this process or in another."""

@@ -1,1 +1,1 @@
-"""Tokens to text and back: tokenizer, detokenizer, templates, stop strings."""
+"""Text at the edge of the engine: tokenizer, incremental detokenizer, stop strings, templates."""

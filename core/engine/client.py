@@ -1,0 +1,56 @@
+"""How a front end reaches an engine: the protocol, and the client for an engine in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..config import ModelSpec
+from .messages import (
+    AbortRequests,
+    AddRequests,
+    FinishSequence,
+    StepMessage,
+    UtilityCall,
+    UtilityResult,
+)
+
+ToEngine = AddRequests | AbortRequests | FinishSequence | UtilityCall
+FromEngine = StepMessage | UtilityResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What an engine says of itself once it is ready.
+
+    `kv_dtype` is the cache's element type by name; `kv_tokens` how many tokens fit in it;
+    `description` is for humans (platform, device, chosen ops).
+    """
+
+    model: ModelSpec
+    kv_dtype: str
+    kv_tokens: int
+    max_num_seqs: int
+    max_num_queued_reqs: int
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EngineClient(Protocol):
+    """One engine, wherever it runs. `send` may be called from any thread; `poll` from one."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def send(self, message: ToEngine) -> None:
+        """Pass a message on. Raises `EngineDeadError` if the engine has ended."""
+
+    def poll(self, timeout: float | None) -> FromEngine | None:
+        """The next message, or None after `timeout` seconds (None waits for ever).
+
+        Raises `EngineDeadError`, with the engine's own exception in its message, once the engine
+        has ended and everything it said before has been returned.
+        """
+
+    def close(self) -> None:
+        """End the engine and free what it holds. May be called twice."""
