@@ -20,6 +20,10 @@ PLATFORM_API = (0, 1)
 """(major, minor) of this contract. A change of any signature below demands a bump."""
 
 
+class PlatformUnavailable(LookupError):
+    """No platform can be used as asked; the message lists each one with its reason."""
+
+
 # ---------------------------------------------------------------------------------------------
 # What a platform says of itself
 # ---------------------------------------------------------------------------------------------
@@ -143,9 +147,9 @@ class OpSignature:
 class OpImpl(ABC):
     """One implementation of one op. The call has the signature of the op's reference."""
 
-    op: ClassVar[str]
-    name: ClassVar[str]
-    priority: ClassVar[int] = 0
+    op: str
+    name: str
+    priority: int = 0
 
     @abstractmethod
     def supports(self, sig: OpSignature) -> Support: ...
@@ -220,8 +224,8 @@ class LayerKV(NamedTuple):
 class AttentionImpl(ABC):
     """Paged attention over mixed prefill and decode. Stateless between steps."""
 
-    name: ClassVar[str]
-    priority: ClassVar[int] = 0
+    name: str
+    priority: int = 0
 
     @abstractmethod
     def supports(self, spec: AttentionSpec) -> Support: ...
@@ -259,9 +263,10 @@ class PackedWeight:
 
 
 class WeightPacker(ABC):
-    """Turns canonical tensors (for `dense`: the weight `[out, in]`) into a layout."""
+    """Turns canonical tensors (for `dense`: `weight`, `[out, in]`) into a layout that every
+    `linear` of the same platform reads. `format` names the canonical form it takes."""
 
-    format: ClassVar[str]
+    format: str
 
     @abstractmethod
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight: ...
@@ -390,7 +395,9 @@ class Platform(ABC):
     def capabilities(self, device: int = 0) -> Capabilities: ...
 
     @abstractmethod
-    def open(self, device: int = 0) -> Device: ...
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        """Initialise a device. `num_threads` bounds the host's compute threads (None: the
+        platform's choice; a platform that computes elsewhere ignores it)."""
 
     @abstractmethod
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:

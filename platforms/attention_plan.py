@@ -1,0 +1,168 @@
+"""How the padded torch attention cuts one step into few groups of similar shape.
+
+A sequence becomes one or more pieces: a run of its queries with the keys that they see. Pieces of
+similar size are padded to one rectangle, so that a step costs a handful of calls a layer whatever
+the number of requests, and little of it is computed for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .interface import AttentionBatch, AttentionSpec
+
+MASK_ELEMENTS = 1 << 21  # largest mask of one sequence: more queries are cut into pieces
+WINDOW_QUERIES = 256  # queries a piece under a window: their keys are few, so should they be
+GROUP_BYTES = 64 << 20  # most gathered keys and values of one group
+CALL_TOKENS = 64  # what one more group costs, in gathered tokens
+WASTE = 0.15  # padding worth one call less, as a share of the work
+
+
+class Piece(NamedTuple):
+    """Queries [start, stop) of the packed axis, the first at `position`, with keys [low, high)."""
+
+    sequence: int
+    start: int
+    stop: int
+    position: int
+    low: int
+    high: int
+
+    @property
+    def queries(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def keys(self) -> int:
+        return self.high - self.low
+
+    def plain_causal(self, spec: AttentionSpec) -> bool:
+        """Exactly the lower triangle: no prefix, no window."""
+        window = spec.sliding_window
+        square = spec.causal and 1 < self.queries == self.keys
+        return square and (window is None or window >= self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Pieces padded to `batch` x `queries` x `keys`.
+
+    `slots` int64 `[batch * keys]`: where keys lie; padding repeats the piece's own last key, so
+    that nothing foreign or stale is ever read. `rows` int64 `[batch * queries]`: packed indices of
+    the queries, padding repeats the last (None: they are rows [start, start + batch * queries) of
+    the packed axis). `valid`: positions in `rows` that are no padding (None: all). `mask` bool
+    `[batch, 1, queries, keys]`: who is seen (None: all, or the lower triangle where `causal`).
+    """
+
+    batch: int
+    queries: int
+    keys: int
+    start: int
+    slots: Tensor
+    rows: Tensor | None
+    valid: Tensor | None
+    mask: Tensor | None
+    causal: bool
+
+
+def cut(spec: AttentionSpec, batch: AttentionBatch) -> list[Piece]:
+    """The pieces of a step, in the order of the packed axis."""
+    pieces: list[Piece] = []
+    for sequence, length in enumerate(batch.seq_lens):
+        start, stop = batch.query_starts[sequence], batch.query_starts[sequence + 1]
+        whole = Piece(sequence, start, stop, length - (stop - start), 0, length)
+        step = max(1, whole.queries)
+        if spec.causal and spec.sliding_window is not None:
+            step = min(step, WINDOW_QUERIES)
+        if not whole.plain_causal(spec):
+            step = min(step, max(1, MASK_ELEMENTS // length))
+        pieces += (_piece(spec, whole, at, min(at + step, stop)) for at in range(start, stop, step))
+    return pieces
+
+
+def _piece(spec: AttentionSpec, whole: Piece, start: int, stop: int) -> Piece:
+    first = whole.position + start - whole.start
+    if not spec.causal:
+        return whole._replace(start=start, stop=stop, position=first)
+    window = spec.sliding_window
+    low = 0 if window is None else max(0, first - window + 1)
+    return Piece(whole.sequence, start, stop, first, low, first + stop - start)
+
+
+def bundle(spec: AttentionSpec, pieces: list[Piece]) -> list[list[Piece]]:
+    """Pieces to pad together. One bundle in the given order if that wastes little; otherwise by
+    falling size, greedily."""
+    limit = GROUP_BYTES // (2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize)
+    straight = list(_greedy(pieces, spec, limit))
+    if len(straight) <= 1:
+        return straight
+    ordered = sorted(pieces, key=lambda p: (p.queries, p.keys, -p.start), reverse=True)
+    return list(_greedy(ordered, spec, limit))
+
+
+def _greedy(pieces: Iterable[Piece], spec: AttentionSpec, limit: int) -> Iterable[list[Piece]]:
+    """Consecutive pieces share a bundle while its rectangle is mostly used and it fits."""
+    bundled: list[Piece] = []
+    queries = keys = useful = 0
+    for piece in pieces:
+        wide, tall = max(queries, piece.queries), max(keys, piece.keys)
+        work = useful + piece.queries * piece.keys
+        count = len(bundled) + 1
+        wasted = count * wide * tall - work
+        fits = count * tall <= limit and count * wide * tall <= MASK_ELEMENTS
+        if bundled and not (fits and wasted <= CALL_TOKENS + WASTE * work):
+            yield bundled
+            bundled, wide, tall, work = [], piece.queries, piece.keys, piece.queries * piece.keys
+        bundled.append(piece)
+        queries, keys, useful = wide, tall, work
+    if bundled:
+        yield bundled
+
+
+def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Group:
+    """The index tensors of one group, on the device of the block tables."""
+    tables = batch.block_tables
+    queries, keys = max(p.queries for p in pieces), max(p.keys for p in pieces)
+    table = torch.tensor(pieces, dtype=torch.int64, device=tables.device)
+    sequence, start, stop, position, low, high = table.unsqueeze(2).unbind(1)  # each [batch, 1]
+    at = low + torch.arange(keys, device=tables.device)  # [batch, keys]
+    blocks = torch.minimum(at, high - 1)
+    offsets = blocks % spec.block_size
+    blocks = tables[sequence, blocks.div_(spec.block_size, rounding_mode="floor")]
+    slots = (blocks.long() * spec.block_size).add_(offsets).view(-1)
+
+    rows = start + torch.arange(queries, device=tables.device)  # [batch, queries]
+    inside = rows < stop
+    mask = None
+    if len(pieces) > 1 or not pieces[0].plain_causal(spec):
+        mask = _mask(spec, torch.minimum(rows, stop - 1) - start + position, at, high)
+    in_order = all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+    even = all(p.queries == queries for p in pieces)
+    return Group(
+        batch=len(pieces),
+        queries=queries,
+        keys=keys,
+        start=pieces[0].start,
+        slots=slots,
+        rows=None if even and in_order else torch.minimum(rows, stop - 1).view(-1),
+        valid=None if even else inside.view(-1).nonzero().squeeze(1),
+        mask=mask,
+        causal=mask is None and queries > 1 and spec.causal,
+    )
+
+
+def _mask(spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor) -> Tensor | None:
+    """query_at `[batch, queries]`, key_at `[batch, keys]`, high `[batch, 1]` -> the mask, or None
+    if every query sees every key."""
+    seen = (key_at < high).unsqueeze(1)
+    if spec.causal:
+        distance = query_at.unsqueeze(2) - key_at.unsqueeze(1)
+        seen = seen & (distance >= 0)
+        if spec.sliding_window is not None:
+            seen &= distance < spec.sliding_window
+    return None if bool(seen.all()) else seen.unsqueeze(1)

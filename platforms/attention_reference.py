@@ -1,0 +1,98 @@
+"""Attention one sequence at a time, in fp32: slow, and meant to be obviously right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .interface import (
+    AttentionBatch,
+    AttentionImpl,
+    AttentionSpec,
+    Device,
+    KVRegion,
+    LayerKV,
+    Support,
+)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
+    """Softmax attention (Vaswani et al. 2017, eq. 1) of the last queries of one sequence.
+
+    query `[queries, heads, head_dim]`, key and value `[keys, kv_heads, head_dim]`; the last query
+    stands at the last key's position. Head h reads KV head h // (heads / kv_heads). Softcap
+    squeezes scores to c * tanh(score / c) (Gemma 2, 2024, section 2). fp32 throughout; returns
+    `[queries, heads, head_dim]` in fp32.
+    """
+    group = spec.num_heads // spec.num_kv_heads
+    key = key.float().repeat_interleave(group, dim=1)  # [keys, heads, head_dim]
+    value = value.float().repeat_interleave(group, dim=1)
+    scores = torch.einsum("qhd,khd->hqk", query.float(), key) * spec.scale
+    if spec.softcap:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    seen = visible(len(query), len(key), spec, query.device)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value)
+
+
+def visible(queries: int, keys: int, spec: AttentionSpec, device: torch.device) -> Tensor:
+    """bool `[queries, keys]`: which keys each query sees."""
+    if not spec.causal:
+        return torch.ones(queries, keys, dtype=torch.bool, device=device)
+    query_at = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    distance = query_at - torch.arange(keys, device=device)
+    seen = distance >= 0
+    return seen if spec.sliding_window is None else seen & (distance < spec.sliding_window)
+
+
+class ReferenceAttention(AttentionImpl):
+    """The oracle. Its cache is one tensor `[blocks, 2, kv_heads, block_size, head_dim]` (keys,
+    then values): on purpose not the layout of other implementations, so that shared code which
+    assumes one is found out."""
+
+    name = "reference"
+    priority = -100
+
+    def supports(self, spec: AttentionSpec) -> Support:
+        return Support.yes("plain torch")
+
+    def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
+        shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        cache = device.alloc_kv(shape, spec.kv_dtype)
+        size = self.block_bytes(spec)
+        return LayerKV((cache,), (KVRegion(cache, size, size),))
+
+    def block_bytes(self, spec: AttentionSpec) -> int:
+        elements = 2 * spec.num_kv_heads * spec.block_size * spec.head_dim
+        return elements * spec.kv_dtype.itemsize
+
+    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> AttentionBatch:
+        return batch
+
+    def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
+        (cache,) = kv.tensors
+        block, offset = slots // cache.shape[3], slots % cache.shape[3]
+        cache[block, 0, :, offset] = key.to(cache.dtype)
+        cache[block, 1, :, offset] = value.to(cache.dtype)
+
+    def run(
+        self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: AttentionBatch
+    ) -> Tensor:
+        output = torch.zeros_like(query)
+        for i, length in enumerate(metadata.seq_lens):
+            start, end = metadata.query_starts[i], metadata.query_starts[i + 1]
+            if start == end:
+                continue
+            first = _first_key(spec, length, end - start)
+            at = torch.arange(first, length, device=query.device)
+            blocks = metadata.block_tables[i].long()[at // spec.block_size]
+            both = kv.tensors[0][blocks, :, :, at % spec.block_size]  # [keys, 2, kv_heads, dim]
+            output[start:end] = attend(query[start:end], both[:, 0], both[:, 1], spec)
+        return output
+
+
+def _first_key(spec: AttentionSpec, length: int, queries: int) -> int:
+    """The oldest position any of the last `queries` queries sees; older blocks may be gone."""
+    if spec.sliding_window is None or not spec.causal:
+        return 0
+    return max(0, length - queries - spec.sliding_window + 1)

@@ -1,0 +1,87 @@
+"""The x86 CPU: torch and oneDNN on the host's own memory and cores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import host
+from .attention_reference import ReferenceAttention
+from .attention_torch import TorchPagedAttention
+from .cpu_ops import CpuDensePacker, cpu_ops, onednn_refusal
+from .host_device import HostDevice
+from .interface import (
+    ApiRange,
+    AttentionImpl,
+    AttentionSpec,
+    Capabilities,
+    Device,
+    DeviceInfo,
+    KVConstraints,
+    OpImpl,
+    Platform,
+    Precision,
+    Probe,
+    WeightPacker,
+)
+
+_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
+
+
+class CpuPlatform(Platform):
+    name = "cpu"
+    vendor = "x86"
+    api = ApiRange((0, 1), (0, 1))
+
+    @classmethod
+    def probe(cls) -> Probe:
+        flags = host.cpu_flags()
+        info = DeviceInfo(0, host.cpu_name(), host.total_memory(), host.isa(flags))
+        return Probe(10, f"{info.name}, {info.architecture}", (info,))
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        flags = host.cpu_flags()
+        bfloat16: Precision = "native" if flags & _BF16_FLAGS else "emulated"
+        return Capabilities(
+            dtypes={"float32": "native", "bfloat16": bfloat16, "float16": "emulated"},
+            kv_dtypes=("float32", "bfloat16", "float16"),
+            isa=host.isa(flags),
+            unified_memory=True,
+        )
+
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        if device != 0:
+            raise ValueError(f"The cpu platform has one device, 0; there is no device {device}.")
+        torch.set_num_threads(num_threads or host.physical_cores())
+        return HostDevice()
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return cpu_ops()
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        return (TorchPagedAttention(), ReferenceAttention())
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        packer = CpuDensePacker()
+        return {packer.format: packer}
+
+    def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
+        return KVConstraints(block_multiple=1, preferred_block_size=32)
+
+    def process_env(self, rank: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
+        """Ranks on one host share its cores: a pool larger than its share only spins."""
+        ranks = int(plan.get("tensor_parallel_size") or 1)
+        threads = int(plan.get("num_threads") or max(1, host.physical_cores() // ranks))
+        return {"OMP_NUM_THREADS": str(threads)}
+
+    def describe(self) -> Mapping[str, str]:
+        flags = host.cpu_flags()
+        return {
+            "processor": host.cpu_name(),
+            "isa": host.isa(flags),
+            "cores": str(host.physical_cores()),
+            "bfloat16": "native" if flags & _BF16_FLAGS else "emulated",
+            "linear": onednn_refusal() or "oneDNN, bfloat16 weights packed once",
+        }

@@ -1,0 +1,77 @@
+"""The host's memory and cores as a device whose launches run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from . import host
+from .interface import Device, Event, KVRegion, MemoryInfo
+from .ledger import MemoryLedger
+
+
+class FinishedEvent(Event):
+    """The work is over; what it raised waits for the one who asks."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self._error = error
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class HostDevice(Device):
+    """Work runs on the calling thread, on torch's pool."""
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self._ledger = MemoryLedger()
+
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
+        return self._ledger.add(tag, torch.empty(tuple(shape), dtype=dtype))
+
+    def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self._ledger.add("kv", torch.zeros(tuple(shape), dtype=dtype))
+
+    def memory(self) -> MemoryInfo:
+        return MemoryInfo(host.total_memory(), host.available_memory(), self._ledger.by_tag())
+
+    def launch(self, work: Callable[[], None]) -> Event:
+        try:
+            with torch.no_grad():
+                work()
+        except Exception as error:
+            return FinishedEvent(error)
+        return FinishedEvent()
+
+    def to_device(self, host: Tensor) -> Tensor:
+        return host.clone()
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        return tensor.clone()
+
+    def move_blocks(self, regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
+        move_blocks(regions, pairs)
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def move_blocks(regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy blocks by torch; all sources are read before any target is written."""
+    if not pairs:
+        return
+    sources, targets = torch.tensor(pairs, dtype=torch.int64).unbind(1)
+    for region in regions:
+        region.tensor.index_copy_(0, targets, region.tensor.index_select(0, sources))

@@ -1,0 +1,215 @@
+"""The ops of the contract: each one's name, plain-torch reference, tolerance and composition.
+
+The reference *is* the definition: an implementation agrees with it within the tolerance, and
+places NaN and infinities where it does. The arithmetic follows `transformers` step by step (where
+it rounds to the model's dtype and where it stays in fp32), so that fp32 runs agree token by token.
+The ops `kv_write` and `attention` are methods of `AttentionImpl`, because they share its layout;
+their reference is `ReferenceAttention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .interface import OpImpl, OpSignature, PackedWeight, Support, WeightPacker
+
+DENSE = "dense"
+"""Format of a weight left as it is: `tensors[0]` is `[out_features, in_features]`."""
+
+
+class Tolerance(NamedTuple):
+    """|found - expected| <= atol + rtol * |expected|."""
+
+    rtol: float
+    atol: float
+
+
+EXACT = Tolerance(0.0, 0.0)
+
+_ROUNDING = {
+    torch.float32: Tolerance(1e-5, 1e-6),
+    torch.bfloat16: Tolerance(1.6e-2, 1e-3),
+    torch.float16: Tolerance(2e-3, 1e-4),
+}
+# A sum of products may be taken in any order: its error grows with the terms, not the result.
+_ACCUMULATED = {
+    torch.float32: Tolerance(1e-4, 1e-4),
+    torch.bfloat16: Tolerance(2e-2, 2e-2),
+    torch.float16: Tolerance(4e-3, 4e-3),
+}
+_COPIED = dict.fromkeys(_ROUNDING, EXACT)
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """One op. `required` ops must work on every platform; the others may be left out because they
+    equal `composition`, standard ops run in order, which is what their reference does."""
+
+    name: str
+    reference: Callable[..., Any]
+    tolerance: Mapping[torch.dtype, Tolerance]
+    required: bool = True
+    composition: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------------------------------------
+# References
+# ---------------------------------------------------------------------------------------------
+
+
+def embed(ids: Tensor, table: Tensor) -> Tensor:
+    """ids `[tokens]` (int32 or int64), table `[vocab, hidden]` -> `[tokens, hidden]`."""
+    return F.embedding(ids, table)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x `[..., size]`, weight `[size]` -> like x: x / sqrt(mean(x^2) + eps) * weight.
+
+    Zhang & Sennrich 2019, eq. 4. As in `transformers` (LlamaRMSNorm, Qwen3RMSNorm) the quotient
+    is taken in fp32 and rounded to x's dtype before the weight is multiplied.
+    """
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (wide * scale).to(x.dtype)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a, b of one shape and dtype -> a + b."""
+    return a + b
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual `[tokens, hidden]` -> (rms_norm(x + residual), x + residual).
+
+    The sum is rounded to x's dtype before it is normalised.
+    """
+    total = add(x, residual)
+    return rms_norm(total, weight, eps), total
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x `[tokens, in]`, dense weight `[out, in]`, bias `[out]` -> x @ weight^T + bias."""
+    if weight.format != DENSE:
+        raise ValueError(f"The reference of `linear` reads dense weights, not {weight.format!r}.")
+    return F.linear(x, weight.tensors[0], bias)
+
+
+def rope(query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding (Su et al. 2021, eq. 34), the "rotate half" layout of `transformers`.
+
+    query `[tokens, heads, head_dim]`, key `[tokens, kv_heads, head_dim]`, positions
+    `[axes, tokens]` (the first axis is used), cos_sin fp32 `[max_position, rotary_dim]`: the first
+    half of a row holds the cosines of the rotary_dim / 2 angles, the second half their sines
+    (scaled already, where the model scales them). Channels past rotary_dim pass unchanged. Cosine
+    and sine are rounded to the query's dtype before they are multiplied. Returns new tensors.
+    """
+    row = cos_sin.index_select(0, positions[0])
+    cos, sin = (half.repeat(1, 2).to(query.dtype).unsqueeze(1) for half in row.chunk(2, dim=-1))
+    return _rotate(query, cos, sin), _rotate(key, cos, sin)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x `[tokens, heads, head_dim]`, cos and sin `[tokens, 1, rotary_dim]`."""
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up `[tokens, 2 * size]`, gate first -> silu(gate) * up (Shazeer 2020, SwiGLU)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up `[tokens, 2 * size]`, gate first -> gelu(gate) * up, gelu by the error function."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
+    """As `gelu_mul`, gelu by its tanh approximation (Hendrycks & Gimpel 2016, section 2)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def gather_rows(hidden: Tensor, indices: Tensor) -> Tensor:
+    """hidden `[tokens, hidden]`, indices `[rows]` -> `[rows, hidden]`: the rows whose logits are
+    wanted, so that no others are computed."""
+    return hidden.index_select(0, indices)
+
+
+def copy(target: Tensor, source: Tensor) -> Tensor:
+    """Copy source into target (same shape, dtypes may differ); returns target."""
+    return target.copy_(source)
+
+
+def sample(scores: Tensor) -> Tensor:
+    """scores fp32 `[rows, vocab]` -> int64 `[rows]`: the highest score's index, the lowest such.
+
+    With Gumbel noise added to log-probabilities by the caller this draws from the distribution
+    (Gumbel 1954; Maddison et al. 2014, section 2); without noise it is greedy.
+    """
+    return scores.argmax(dim=-1)
+
+
+OPS: Mapping[str, OpSpec] = {
+    spec.name: spec
+    for spec in (
+        OpSpec("embed", embed, _COPIED),
+        OpSpec("rms_norm", rms_norm, _ROUNDING),
+        OpSpec("linear", linear, _ACCUMULATED),
+        OpSpec("rope", rope, _ROUNDING),
+        OpSpec("silu_mul", silu_mul, _ROUNDING),
+        OpSpec("gelu_mul", gelu_mul, _ROUNDING),
+        OpSpec("gelu_tanh_mul", gelu_tanh_mul, _ROUNDING),
+        OpSpec("add", add, _ROUNDING),
+        OpSpec("gather_rows", gather_rows, _COPIED),
+        OpSpec("copy", copy, _COPIED),
+        OpSpec("sample", sample, _COPIED),
+        OpSpec("add_rms_norm", add_rms_norm, _ROUNDING, False, ("add", "rms_norm")),
+    )
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# The references as implementations
+# ---------------------------------------------------------------------------------------------
+
+
+class ReferenceOp(OpImpl):
+    """An op's reference as an implementation: always supported, never preferred."""
+
+    name = "reference"
+    priority = -100
+
+    def __init__(self, spec: OpSpec) -> None:
+        self.op = spec.name
+        self._reference = spec.reference
+
+    def supports(self, sig: OpSignature) -> Support:
+        return Support.yes("plain torch")
+
+    def __call__(self, *args: Any) -> Any:
+        return self._reference(*args)
+
+
+class DensePacker(WeightPacker):
+    """Leaves a dense weight as it is; what a platform without packers of its own uses."""
+
+    format = DENSE
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+        return PackedWeight(DENSE, shape, (tensors["weight"],))
+
+
+def reference_ops() -> dict[str, list[OpImpl]]:
+    """Every op by its reference, in the form of `Platform.ops()`."""
+    return {name: [ReferenceOp(spec)] for name, spec in OPS.items()}
