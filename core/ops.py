@@ -1,24 +1,171 @@
-"""The binding of ops to implementations: chosen once, when a model is built, and recorded."""
+"""The binding of ops to implementations: chosen once, when a model is built, and recorded.
+
+A platform's candidates are asked in order of priority whether they support the op's signature;
+the first that does is called directly from then on. Where none does, a fused op becomes its
+composition and any other op its torch reference. Every refusal is kept with its reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..platforms.interface import AttentionImpl, AttentionSpec, Device, PackedWeight, Platform
+from ..platforms.interface import (
+    AttentionImpl,
+    AttentionSpec,
+    Device,
+    OpImpl,
+    OpSignature,
+    PackedWeight,
+    Platform,
+    Support,
+)
+from ..platforms.ops import OPS
+from .errors import PlatformError
+
+logger = logging.getLogger("trimaran.ops")
+
+REFERENCE = "reference"
+DENSE = "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """An implementation that was not chosen, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """One op's choice. `chosen` is an implementation's name, `reference`, or for a fused op
+    without one `add + rms_norm`."""
+
+    op: str
+    signature: OpSignature | AttentionSpec
+    chosen: str
+    refused: tuple[Refusal, ...] = ()
 
 
 class OpBinder:
-    def __init__(self, platform: Platform, device: Device | None = None) -> None: ...
+    """Binds ops for one platform. Equal signatures are bound once."""
+
+    def __init__(self, platform: Platform, device: Device | None = None) -> None:
+        """`device` is where bound ops will run; sizing a cache needs none."""
+        self.platform = platform
+        self._device = device
+        self._impls = platform.ops()
+        self._packers = platform.weight_packers()
+        self._bound: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        self._attention: dict[AttentionSpec, AttentionImpl] = {}
+        self._report: list[Binding] = []
+        self._logged: set[tuple[str, str]] = set()
+
+    @property
+    def device(self) -> Device:
+        if self._device is None:
+            raise PlatformError("This binder was opened without a device: it can only size.")
+        return self._device
 
     def bind(self, op: str, dtype: torch.dtype, **sizes: int) -> Callable[..., Any]:
-        raise NotImplementedError
+        """The callable for `op` with `dtype` operands and these static sizes."""
+        key = (op, dtype, *sorted(sizes.items()))
+        if key not in self._bound:
+            self._bound[key] = self._choose(OpSignature(op, dtype, sizes))
+        return self._bound[key]
 
     def attention(self, spec: AttentionSpec) -> AttentionImpl:
-        raise NotImplementedError
+        """The attention implementation for `spec`; PlatformError says why there is none."""
+        if spec not in self._attention:
+            candidates = self.platform.attention(spec)
+            chosen, refused = _first_supporting(candidates, spec)
+            if chosen is None:
+                reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused) or "none offered"
+                raise PlatformError(
+                    f"Platform {self.platform.name!r} has no attention for {spec} ({reasons})."
+                )
+            self._record(Binding("attention", spec, chosen.name, refused))
+            self._attention[spec] = chosen
+        return self._attention[spec]
 
     def pack(self, weight: Tensor) -> PackedWeight:
-        raise NotImplementedError
+        """Lay out a linear layer's weight `[out, in]` for the `linear` that such a weight is
+        bound to. The torch reference reads the plain tensor, so it keeps it."""
+        out_features, in_features = weight.shape
+        linear = self.bind(
+            "linear", weight.dtype, in_features=in_features, out_features=out_features
+        )
+        packer = self._packers.get(DENSE)
+        if packer is None or not isinstance(linear, OpImpl):
+            return PackedWeight(DENSE, (out_features, in_features), (weight,))
+        return packer.pack({"weight": weight}, (out_features, in_features))
+
+    def report(self) -> list[Binding]:
+        """Every choice so far, in order."""
+        return list(self._report)
+
+    def _choose(self, signature: OpSignature) -> Callable[..., Any]:
+        op = signature.op
+        chosen, refused = _first_supporting(self._impls.get(op, ()), signature)
+        if chosen is not None:
+            self._record(Binding(op, signature, chosen.name, refused))
+            return chosen
+        composed = self._compose(signature)
+        name = " + ".join(OPS[op].composition) if composed else REFERENCE
+        self._record(Binding(op, signature, name, refused))
+        return composed or OPS[op].reference
+
+    def _compose(self, signature: OpSignature) -> Callable[..., Any] | None:
+        """A fused op as its parts, each bound by itself; None for an op that has no parts."""
+        build = COMPOSITIONS.get(signature.op)
+        if build is None:
+            return None
+        parts = OPS[signature.op].composition
+        return build(*(self.bind(part, signature.dtype, **signature.sizes) for part in parts))
+
+    def _record(self, binding: Binding) -> None:
+        self._report.append(binding)
+        if (binding.op, binding.chosen) in self._logged:
+            return
+        self._logged.add((binding.op, binding.chosen))
+        not_taken = "; ".join(f"{r.name}: {r.reason}" for r in binding.refused)
+        logger.info(
+            "%s: %s%s", binding.op, binding.chosen, f" (not {not_taken})" if not_taken else ""
+        )
+
+
+def _compose_add_rms_norm(add: Callable[..., Any], norm: Callable[..., Any]) -> Callable[..., Any]:
+    def add_rms_norm(
+        x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = add(x, residual)
+        return norm(total, weight, eps), total
+
+    return add_rms_norm
+
+
+COMPOSITIONS: Mapping[str, Callable[..., Callable[..., Any]]] = {
+    "add_rms_norm": _compose_add_rms_norm,
+}
+"""How the parts named by `OPS[op].composition`, in that order, make up a fused op."""
+
+
+def _first_supporting(candidates: Sequence[Any], wanted: Any) -> tuple[Any, tuple[Refusal, ...]]:
+    """The supporting candidate of the highest priority, and why not each of the others."""
+    chosen, refused = None, []
+    for candidate in sorted(candidates, key=lambda c: -c.priority):
+        if chosen is not None:
+            refused.append(Refusal(candidate.name, f"outranked by {chosen.name}"))
+            continue
+        support: Support = candidate.supports(wanted)
+        if support:
+            chosen = candidate
+        else:
+            refused.append(Refusal(candidate.name, support.reason))
+    return chosen, tuple(refused)

@@ -1,16 +1,40 @@
-"""Signatures first; the bodies follow."""
+"""Filling a decoder: from safetensors, each rank its own share, or with seeded random numbers.
+
+Every tensor is checked by name, shape and element type before the first byte is copied, so that
+nothing runs on uninitialised weights and a bad checkpoint is described once and whole.
+"""
 
 from __future__ import annotations
 
+import logging
+import re
+import time
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ...platforms.interface import Communicator
+from ..errors import ConfigError, ModelLoadError
 from ..ops import OpBinder
-from .decoder import Decoder, LayerRange
+from .checkpoint import Checkpoint
+from .decoder import Decoder
 from .spec import DecoderSpec
 from .step import StepBuffers
+from .weights import WeightSlot
+
+logger = logging.getLogger("trimaran.loader")
+
+FORMATS = ("auto", "safetensors", "dummy")
+FLOATS = ("F64", "F32", "F16", "BF16")
+DUMMY_STD = 0.02
+DUMMY_PERIOD = 1_048_573
+"""A prime, so that no power-of-two row length divides it and rows of random weights differ."""
+
+MAX_LISTED = 100
+PROGRESS_SECONDS = 2.0
 
 
 def load_model(
@@ -23,8 +47,114 @@ def load_model(
     dtype: torch.dtype,
     load_format: str = "auto",
     seed: int = 0,
-    layers: LayerRange | None = None,
 ) -> Decoder:
-    """Build the decoder and fill it from `path`'s safetensors (or with seeded random numbers,
-    `load_format="dummy"`)."""
-    raise NotImplementedError
+    """Build a whole decoder in `dtype` and fill it; see `fill`. `seed` is for `dummy`."""
+    decoder = Decoder(spec, binder, buffers, comm, dtype=dtype)
+    fill(decoder, path, load_format=load_format, seed=seed)
+    return decoder
+
+
+def fill(decoder: Decoder, path: Path, *, load_format: str = "auto", seed: int = 0) -> None:
+    """Fill `decoder` from the checkpoint in `path`, or with random weights (`dummy`), and make it
+    ready to run. Raises ModelLoadError naming every tensor and file at fault."""
+    if load_format not in FORMATS:
+        raise ConfigError(
+            f"load_format={load_format!r} is unknown. Known: {', '.join(FORMATS)}.",
+            param="load_format",
+        )
+    slots = list(decoder.slots())
+    if load_format == "dummy":
+        _fill_randomly(slots, seed)
+    else:
+        with Checkpoint(path) as checkpoint:
+            _check(checkpoint, slots, decoder, path)
+            _copy(checkpoint, slots)
+    decoder.finish()
+    decoder.device.synchronize()
+
+
+def _copy(checkpoint: Checkpoint, slots: list[WeightSlot]) -> None:
+    """Copy each slot's share from the mapped file to its place, converting on the way."""
+    progress = _Progress(sum(slot.target.numel() for slot in slots))
+    for slot in slots:
+        slot.target.copy_(checkpoint[slot.name][slot.share])
+        progress.add(slot.target.numel())
+
+
+def _check(checkpoint: Checkpoint, slots: list[WeightSlot], decoder: Decoder, path: Path) -> None:
+    """Raise one ModelLoadError for all tensors that are missing, extra or not as expected."""
+    problems = []
+    for slot in slots:
+        if slot.name not in checkpoint:
+            problems.append(f"missing: {slot.name} {list(slot.shape)}")
+        elif checkpoint.shape(slot.name) != slot.shape:
+            found = list(checkpoint.shape(slot.name))
+            problems.append(f"misshapen: {slot.name} is {found}, expected {list(slot.shape)}")
+        elif checkpoint.dtype(slot.name) not in FLOATS:
+            problems.append(
+                f"element type: {slot.name} is {checkpoint.dtype(slot.name)}, expected one of "
+                f"{', '.join(FLOATS)} (quantized checkpoints are not read yet)"
+            )
+    unused = set(checkpoint) - {slot.name for slot in slots}
+    problems += (
+        f"extra: {name} {list(checkpoint.shape(name))}"
+        for name in sorted(unused)
+        if not _expected_elsewhere(name, decoder)
+    )
+    if problems:
+        count = len(problems)
+        listed = problems[:MAX_LISTED]
+        if count > MAX_LISTED:
+            listed.append(f"… and {count - MAX_LISTED} more")
+        title = f"{path} does not match its config.json ({count} tensors at fault):"
+        raise ModelLoadError("\n  ".join([title, *listed]))
+
+
+def _expected_elsewhere(name: str, decoder: Decoder) -> bool:
+    """Is this tensor left over for a known reason: another pipeline stage's, a head that repeats
+    tied embeddings, or what the family says nobody needs?"""
+    spec, names = decoder.spec, decoder.spec.names
+    part, _, kind = name.rpartition(".")
+    if names.ignored(name) or (part in names.top.values() and kind == "weight"):
+        return True
+    for template in names.layer.values():
+        match = re.fullmatch(re.escape(template).replace(r"\{layer\}", r"(\d+)"), part)
+        if match:
+            layer = int(match[1])
+            return layer < spec.num_layers and layer not in range(*decoder.layer_range)
+    return False
+
+
+def _fill_randomly(slots: Iterable[WeightSlot], seed: int) -> None:
+    """The same weights whatever the group's size: a function of seed, name and full index."""
+    generator = torch.Generator().manual_seed(seed)
+    period = torch.randn(DUMMY_PERIOD, generator=generator).mul_(DUMMY_STD)
+    for slot in slots:
+        if slot.init == "ones":
+            slot.target.fill_(1.0)
+            continue
+        pattern = period.roll(zlib.crc32(slot.name.encode()) % DUMMY_PERIOD)
+        slot.target.copy_(_tiled(pattern.to(slot.target.dtype), slot.shape)[slot.share])
+
+
+def _tiled(pattern: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of `shape` that repeats `pattern`."""
+    count = torch.Size(shape).numel()
+    repeats = -(-count // len(pattern))
+    return pattern.expand(repeats, -1).reshape(-1)[:count].view(shape)
+
+
+class _Progress:
+    """A line in the log every few seconds of a slow load; none for a quick one."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._due = time.monotonic() + PROGRESS_SECONDS
+
+    def add(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now >= self._due:
+            self._due = now + PROGRESS_SECONDS
+            logger.info("loading weights: %d %%", 100 * self._done // self._total)

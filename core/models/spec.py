@@ -1,4 +1,4 @@
-"""What a family says of a model: a frozen `DecoderSpec`, read by everything that builds or sizes."""
+"""What a family says of a model: a frozen `DecoderSpec`, read by all that builds or sizes."""
 
 from __future__ import annotations
 
@@ -72,7 +72,6 @@ class WeightNames:
 class DecoderSpec:
     """A decoder-only transformer. Counts are of the whole model, not of a rank's share."""
 
-    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -1,0 +1,306 @@
+"""The layers of the decoder, each one rank's share of a parallel group.
+
+Linear layers are split by columns (outputs) or rows (inputs, whose partial sums are reduced);
+embedding and head by vocabulary (Megatron-LM, arXiv:1909.08053, section 3). With a group of one
+the same code holds everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...platforms.interface import Communicator, LayerKV, PackedWeight
+from ..ops import OpBinder
+from .spec import DecoderSpec
+from .step import StepBuffers
+from .weights import Layer, WeightSlot
+
+
+@dataclass(frozen=True, slots=True)
+class BuildContext:
+    """What a layer is built with. `cos_sin`: the rope table, fp32 `[positions, rope dim]`."""
+
+    spec: DecoderSpec
+    binder: OpBinder
+    buffers: StepBuffers
+    comm: Communicator
+    dtype: torch.dtype
+    cos_sin: Tensor
+
+    def alloc(self, *shape: int) -> Tensor:
+        return self.binder.device.alloc(shape, self.dtype, tag="weights")
+
+    def bind(self, op: str, **sizes: int) -> Callable[..., Any]:
+        return self.binder.bind(op, self.dtype, **sizes)
+
+
+class Linear(Layer):
+    """`x @ weight.T + bias` through the bound op; how weights fill it is the subclass's matter."""
+
+    def __init__(self, context: BuildContext, in_features: int, out_features: int) -> None:
+        self._binder = context.binder
+        self._linear = context.bind("linear", in_features=in_features, out_features=out_features)
+        self._plain: Tensor | None = context.alloc(out_features, in_features)
+        self._packed: PackedWeight | None = None
+        self._bias: Tensor | None = None
+
+    @property
+    def plain(self) -> Tensor:
+        """`[out, in]` while it is being filled."""
+        assert self._plain is not None, "the weight is packed already"
+        return self._plain
+
+    def finish(self) -> None:
+        # Dropping the plain tensor frees it where the packed layout is another.
+        self._packed, self._plain = self._binder.pack(self.plain), None
+
+
+class Part(NamedTuple):
+    """One projection of a merged linear: rows [start, stop) of its `out_features` are ours."""
+
+    name: str
+    out_features: int
+    start: int
+    stop: int
+
+    @classmethod
+    def of_rank(cls, name: str, out_features: int, comm: Communicator) -> Part:
+        width = out_features // comm.size
+        return cls(name, out_features, comm.rank * width, (comm.rank + 1) * width)
+
+
+class ColumnLinear(Linear):
+    """Projections of one input, merged: `[tokens, in]` → `[tokens, sum of our parts]`."""
+
+    def __init__(
+        self, context: BuildContext, in_features: int, parts: Sequence[Part], *, bias: bool
+    ) -> None:
+        self._parts = tuple(parts)
+        self._in_features = in_features
+        out_features = sum(part.stop - part.start for part in parts)
+        super().__init__(context, in_features, out_features)
+        if bias:
+            self._bias = context.alloc(out_features)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        row = 0
+        for name, out_features, start, stop in self._parts:
+            rows = slice(row, row + stop - start)
+            shape = (out_features, self._in_features)
+            yield WeightSlot(f"{name}.weight", shape, self.plain[rows], start=start)
+            if self._bias is not None:
+                yield WeightSlot(f"{name}.bias", shape[:1], self._bias[rows], start=start)
+            row = rows.stop
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._linear(hidden, self._packed, self._bias)
+
+
+class RowLinear(Linear):
+    """This rank's inputs `[tokens, in / ranks]` → the group's sum `[tokens, out]`."""
+
+    def __init__(
+        self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool
+    ) -> None:
+        self._comm = context.comm
+        self._name = name
+        self._shape = (out_features, in_features)
+        super().__init__(context, in_features // self._comm.size, out_features)
+        self._whole_bias = context.alloc(out_features) if bias else None
+        # One rank adds the bias, so that the sum has it once.
+        self._bias = self._whole_bias if self._comm.rank == 0 else None
+
+    def slots(self) -> Iterator[WeightSlot]:
+        start = self._comm.rank * self.plain.shape[1]
+        yield WeightSlot(f"{self._name}.weight", self._shape, self.plain, dim=1, start=start)
+        if self._whole_bias is not None:
+            yield WeightSlot(f"{self._name}.bias", self._shape[:1], self._whole_bias)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self._comm.all_reduce(self._linear(hidden, self._packed, self._bias))
+
+
+class VocabShare(NamedTuple):
+    """One rank's rows of a vocabulary-split table: `rows` from `start`, `filled` of them real.
+
+    Every rank has as many rows, so that logits gather evenly; those past the vocabulary are 0.
+    """
+
+    start: int
+    rows: int
+    filled: int
+
+    @classmethod
+    def of_rank(cls, vocab_size: int, comm: Communicator) -> VocabShare:
+        rows = -(-vocab_size // comm.size)
+        start = comm.rank * rows
+        return cls(start, rows, max(0, min(rows, vocab_size - start)))
+
+    def pad(self, table: Tensor) -> Tensor:
+        """Zero the rows past the vocabulary."""
+        table[self.filled :].zero_()
+        return table
+
+    def slots(self, name: str, vocab_size: int, table: Tensor) -> Iterator[WeightSlot]:
+        if self.filled:
+            shape = (vocab_size, table.shape[1])
+            yield WeightSlot(f"{name}.weight", shape, table[: self.filled], start=self.start)
+
+
+class VocabEmbedding(Layer):
+    """Token ids `[tokens]` → `[tokens, hidden]`, the table split by vocabulary."""
+
+    def __init__(self, context: BuildContext, name: str) -> None:
+        spec = context.spec
+        self._name = name
+        self._comm = context.comm
+        self._vocab_size = spec.vocab_size
+        self._share = VocabShare.of_rank(spec.vocab_size, context.comm)
+        self.table = self._share.pad(context.alloc(self._share.rows, spec.hidden_size))
+        self._embed = context.bind("embed", vocab=self._share.rows, hidden=spec.hidden_size)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        return self._share.slots(self._name, self._vocab_size, self.table)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        if self._comm.size == 1:
+            return self._embed(token_ids, self.table)
+        local = token_ids - self._share.start
+        ours = (local >= 0) & (local < self._share.rows)
+        hidden = self._embed(local * ours, self.table)
+        return self._comm.all_reduce(hidden.masked_fill(~ours.unsqueeze(-1), 0))
+
+
+class LmHead(Linear):
+    """`[rows, hidden]` → fp32 logits `[rows, vocab]` on every rank. `tied`: the embedding's table
+    of this rank, when it serves as head too."""
+
+    def __init__(self, context: BuildContext, name: str, tied: Tensor | None = None) -> None:
+        self._name = name
+        self._tied = tied
+        self._comm = context.comm
+        self._vocab_size = context.spec.vocab_size
+        self._share = VocabShare.of_rank(self._vocab_size, context.comm)
+        self._binder = context.binder
+        hidden_size = context.spec.hidden_size
+        if tied is None:
+            super().__init__(context, hidden_size, self._share.rows)
+            self._share.pad(self.plain)
+            return
+        self._linear = context.bind(
+            "linear", in_features=hidden_size, out_features=self._share.rows
+        )
+        self._plain, self._packed, self._bias = tied, None, None
+
+    def slots(self) -> Iterator[WeightSlot]:
+        if self._tied is None:
+            yield from self._share.slots(self._name, self._vocab_size, self.plain)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        logits = self._linear(rows, self._packed, None)
+        if self._comm.size > 1:
+            logits = self._comm.all_gather(logits, -1)[:, : self._vocab_size]
+        return logits.float()
+
+
+class RMSNorm(Layer):
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467)."""
+
+    def __init__(self, context: BuildContext, name: str, size: int) -> None:
+        self._name = name
+        self._weight = context.alloc(size)
+        self._eps = context.spec.rms_eps
+        self._norm = context.bind("rms_norm", size=size)
+        self._add_norm = context.bind("add_rms_norm", size=size)
+
+    def slots(self) -> Iterator[WeightSlot]:
+        shape = tuple(self._weight.shape)
+        yield WeightSlot(f"{self._name}.weight", shape, self._weight, init="ones")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._norm(x, self._weight, self._eps)
+
+    def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(norm(x + residual), x + residual); without a residual, `x` begins one."""
+        if residual is None:
+            return self._norm(x, self._weight, self._eps), x
+        return self._add_norm(x, residual, self._weight, self._eps)
+
+
+class Attention(Layer):
+    """Grouped-query attention over the paged cache, `[tokens, hidden]` → the same.
+
+    Writes this step's keys and values, then attends; slots and metadata are its group's.
+    """
+
+    kv: LayerKV | None = None
+
+    def __init__(self, context: BuildContext, layer: int) -> None:
+        spec, comm = context.spec, context.comm
+        names, head_dim = spec.names, spec.head_dim
+        self._heads, self._kv_heads = spec.rank_heads(comm.size)
+        # With fewer kv heads than ranks, neighbours hold the same one.
+        first_kv = comm.rank * spec.num_kv_heads // comm.size
+        kv_rows = first_kv * head_dim, (first_kv + self._kv_heads) * head_dim
+        kv_width = spec.num_kv_heads * head_dim
+        parts = (
+            Part.of_rank(names.of("q_proj", layer), spec.num_heads * head_dim, comm),
+            Part(names.of("k_proj", layer), kv_width, *kv_rows),
+            Part(names.of("v_proj", layer), kv_width, *kv_rows),
+        )
+        self.qkv = ColumnLinear(context, spec.hidden_size, parts, bias=spec.qkv_bias)
+        self.out = RowLinear(
+            context,
+            names.of("o_proj", layer),
+            spec.num_heads * head_dim,
+            spec.hidden_size,
+            bias=spec.o_bias,
+        )
+        self.children = (self.qkv, self.out)
+        self._qk_norm = spec.qk_norm
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(context, names.of("q_norm", layer), head_dim)
+            self.k_norm = RMSNorm(context, names.of("k_norm", layer), head_dim)
+            self.children += (self.q_norm, self.k_norm)
+        self._heads_shape = (-1, self._heads + 2 * self._kv_heads, head_dim)
+        self._split = [self._heads, self._kv_heads, self._kv_heads]
+        self._rope = context.bind("rope", head_dim=head_dim, rope_dim=spec.rope.dim)
+        self._cos_sin = context.cos_sin
+        self._buffers = context.buffers
+        self._group = context.buffers.group_of(layer)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        group, kv = self._group, self.kv
+        assert kv is not None, "bind_kv comes before the first forward"
+        query, key, value = self.qkv(hidden).view(self._heads_shape).split(self._split, dim=1)
+        if self._qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = self._rope(query, key, self._buffers.positions, self._cos_sin)
+        group.impl.write(key, value, kv, group.slots)
+        attended = group.impl.run(query, kv, group.spec, group.metadata)
+        return self.out(attended.flatten(1))
+
+
+class GatedMLP(Layer):
+    """`down(activation(gate(x)) * up(x))`, gate and up merged."""
+
+    def __init__(self, context: BuildContext, layer: int) -> None:
+        spec, comm = context.spec, context.comm
+        names, width = spec.names, spec.intermediate_size
+        parts = [
+            Part.of_rank(names.of(name, layer), width, comm) for name in ("gate_proj", "up_proj")
+        ]
+        self.gate_up = ColumnLinear(context, spec.hidden_size, parts, bias=spec.mlp_bias)
+        self.down = RowLinear(
+            context, names.of("down_proj", layer), width, spec.hidden_size, bias=spec.mlp_bias
+        )
+        self.children = (self.gate_up, self.down)
+        self._activate = context.bind(spec.activation, size=width // comm.size)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return self.down(self._activate(self.gate_up(hidden)))
