@@ -1,0 +1,198 @@
+"""From logits to tokens, for all rows of a step at once.
+
+Order of processing: raw log-probabilities, allowed ids, bad words, min_tokens, logit bias,
+penalties, temperature, min_p, top_k, top_p, Gumbel-max. What no row of the step asks for is
+skipped; a step of greedy rows is one argmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...platforms.interface import Device
+from ..plan import NewRow
+from .draw import GREEDY_BELOW, DrawParams, draw, scale
+from .features import (
+    AllowedTokens,
+    BadWords,
+    Feature,
+    LogitBias,
+    MinTokens,
+    SampleRows,
+    Staged,
+    Work,
+)
+from .logprobs import HostLogprobs, gather_logprobs, resolve_count
+from .penalties import Penalties
+from .philox import NoiseKey
+
+_BANNED = float("-inf")
+_LOW_WORD = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What a step drew: on the device `token_ids` int64 `[n]` (0 where failed) and `failed` bool
+    `[n]`; on the host, after the event, the log-probabilities of the rows that asked."""
+
+    token_ids: Tensor
+    failed: Tensor
+    logprobs: HostLogprobs | None
+
+
+class Sampler:
+    """Sampling state of the rows of one state table. `add`, `remove` and `stage` are the host's;
+    the staged step and the works that `add` returns run inside launches."""
+
+    def __init__(
+        self,
+        device: Device,
+        tokens: Tensor,
+        vocab: int,
+        *,
+        logprobs_mode: str = "raw",
+        argmax: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """`tokens`: the token table on the device, int32 `[rows, length]`. `argmax`: the bound
+        `sample` op."""
+        rows = len(tokens)
+        self._device = device
+        self._vocab = vocab
+        self._processed_logprobs = logprobs_mode == "processed"
+        self._argmax = argmax or (lambda scores: scores.argmax(-1))
+        self._features: tuple[Feature, ...] = (
+            AllowedTokens(device, vocab),
+            BadWords(device, vocab, tokens),
+            MinTokens(device, vocab),
+            LogitBias(device, vocab),
+            Penalties(device, vocab),
+        )
+        # By row: temperature, top_p, min_p, and top_k, seed halves, child index.
+        self._floats = np.zeros((3, rows), dtype=np.float32)
+        self._ints = np.zeros((4, rows), dtype=np.int64)
+        self._num_prompts = np.zeros(rows, dtype=np.int64)
+        self._logprobs: dict[int, int] = {}
+
+    def add(self, new: NewRow) -> list[Work]:
+        """Take a row in; the returned works belong at the head of the next launch."""
+        asked, row = new.sampling, new.row
+        self._floats[:, row] = asked.temperature, asked.top_p, asked.min_p
+        top_k = asked.top_k if 0 < asked.top_k < self._vocab else 0
+        seed_low, seed_high = asked.seed & _LOW_WORD, (asked.seed >> 32) & _LOW_WORD
+        self._ints[:, row] = top_k, seed_low, seed_high, asked.child_index
+        self._num_prompts[row] = new.num_prompt
+        if asked.logprobs is not None:
+            self._logprobs[row] = resolve_count(asked.logprobs, self._vocab)
+        works = [feature.add(new) for feature in self._features]
+        return [work for work in works if work is not None]
+
+    def remove(self, row: int) -> None:
+        self._logprobs.pop(row, None)
+        for feature in self._features:
+            feature.remove(row)
+
+    def stage(self, rows: np.ndarray, positions: np.ndarray) -> StagedSampling:
+        """Prepare a step that draws one token for each of `rows`, to stand at `positions` (int64
+        `[n]` both)."""
+        batch = SampleRows(rows, positions, self._num_prompts[rows])
+        features = [f.stage(batch) for f in self._features]
+        wanted = self._logprobs
+        asking = [i for i, row in enumerate(rows.tolist()) if row in wanted] if wanted else []
+        return StagedSampling(
+            device=self._device,
+            argmax=self._argmax,
+            processed_logprobs=self._processed_logprobs,
+            features=[staged for staged in features if staged is not None],
+            drawing=self._stage_draw(rows, positions),
+            logprob_rows=asking,
+            logprob_counts=[wanted[int(rows[i])] for i in asking],
+            logprob_index=self._device.to_device(torch.tensor(asking)) if asking else None,
+        )
+
+    def _stage_draw(self, rows: np.ndarray, positions: np.ndarray) -> _Drawing | None:
+        drawn = (self._floats[0, rows] >= GREEDY_BELOW).nonzero()[0]
+        if not len(drawn):
+            return None
+        to_device = self._device.to_device
+        selected = rows[drawn]
+        ints = np.vstack([self._ints[:, selected], positions[drawn]])
+        temperature, top_p, min_p = to_device(torch.from_numpy(self._floats[:, selected])).unbind()
+        top_k, low, high, child, position = to_device(torch.from_numpy(ints)).unbind()
+        params = DrawParams(temperature, top_k, top_p, min_p, NoiseKey(low, high, child, position))
+        index = None if len(drawn) == len(rows) else to_device(torch.from_numpy(drawn))
+        return _Drawing(index, params)
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawing:
+    """The rows that are not greedy: their indices in the batch (None: all) and settings."""
+
+    index: Tensor | None
+    params: DrawParams
+
+
+@dataclass(slots=True)
+class StagedSampling:
+    """One step's sampling, run inside the launch. `logprob_rows`, `logprob_counts`: batch indices
+    that want log-probabilities, and how many; `logprob_index`: the former on the device."""
+
+    device: Device
+    argmax: Callable[[Tensor], Tensor]
+    processed_logprobs: bool
+    features: list[Staged]
+    drawing: _Drawing | None
+    logprob_rows: list[int] = field(default_factory=list)
+    logprob_counts: list[int] = field(default_factory=list)
+    logprob_index: Tensor | None = None
+
+    def run(self, logits: Tensor) -> Sampled:
+        """`logits` fp32 `[n, vocab]`, one row a row of the step; they may be overwritten.
+
+        A row whose logits hold NaN or +inf, or in which every token is banned, has failed.
+        """
+        failed = ~logits.amax(-1).isfinite()
+        raw = self._keep_raw(logits)
+        for feature in self.features:
+            feature.apply(logits)
+        if self.features:
+            failed |= ~logits.amax(-1).isfinite()
+        token_ids = self._draw(logits).masked_fill_(failed, 0)
+        for feature in self.features:
+            feature.accept(token_ids)
+        return Sampled(token_ids, failed, self._logprobs(raw, logits, token_ids))
+
+    def _keep_raw(self, logits: Tensor) -> Tensor | None:
+        """The rows that want raw log-probabilities, before processing overwrites them."""
+        if self.logprob_index is None or self.processed_logprobs:
+            return None
+        whole = len(self.logprob_rows) == len(logits)
+        return logits if whole and not self.features else logits[self.logprob_index]
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Greedy rows by argmax, the others by noise. Processed log-probabilities want the
+        filtered logits: then they replace `logits`."""
+        if self.drawing is None:
+            return self.argmax(logits)
+        index, params = self.drawing.index, self.drawing.params
+        scaled = scale(logits if index is None else logits[index], params.temperature)
+        drawn = draw(scaled, params, self.argmax)
+        if self.processed_logprobs and self.logprob_index is not None:
+            scaled.masked_fill_(scaled < drawn.floor[:, None], _BANNED)
+            logits[slice(None) if index is None else index] = scaled
+        if index is None:
+            return drawn.token_ids
+        return self.argmax(logits).index_copy_(0, index, drawn.token_ids)
+
+    def _logprobs(
+        self, raw: Tensor | None, logits: Tensor, token_ids: Tensor
+    ) -> HostLogprobs | None:
+        if self.logprob_index is None:
+            return None
+        source = logits[self.logprob_index] if raw is None else raw
+        chosen = token_ids[self.logprob_index]
+        return gather_logprobs(self.device, source, chosen, max(self.logprob_counts))
