@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,8 @@ from .interface import AttentionBatch, AttentionSpec
 
 MASK_ELEMENTS = 1 << 21  # largest mask of one sequence: more queries are cut into pieces
 WINDOW_QUERIES = 256  # queries a piece under a window: their keys are few, so should they be
-GROUP_BYTES = 64 << 20  # most gathered keys and values of one group
+FOLDED_ROWS = 64  # most queries a KV head that plain products serve best
+GROUP_BYTES = 8 << 20  # most gathered keys and values of one group: they should stay in a cache
 CALL_TOKENS = 64  # what one more group costs, in gathered tokens
 WASTE = 0.15  # padding worth one call less, as a share of the work
 
@@ -42,9 +44,9 @@ class Piece(NamedTuple):
         return self.high - self.low
 
     def plain_causal(self, spec: AttentionSpec) -> bool:
-        """Exactly the lower triangle: no prefix, no window."""
+        """Exactly the lower triangle, by the fused call: no prefix, no window, no softcap."""
         window = spec.sliding_window
-        square = spec.causal and 1 < self.queries == self.keys
+        square = spec.causal and not spec.softcap and self.queries == self.keys
         return square and (window is None or window >= self.keys)
 
 
@@ -52,11 +54,13 @@ class Piece(NamedTuple):
 class Group:
     """Pieces padded to `batch` x `queries` x `keys`.
 
-    `slots` int64 `[batch * keys]`: where keys lie; padding repeats the piece's own last key, so
-    that nothing foreign or stale is ever read. `rows` int64 `[batch * queries]`: packed indices of
-    the queries, padding repeats the last (None: they are rows [start, start + batch * queries) of
-    the packed axis). `valid`: positions in `rows` that are no padding (None: all). `mask` bool
-    `[batch, 1, queries, keys]`: who is seen (None: all, or the lower triangle where `causal`).
+    `slots` int64 `[batch * kv_heads * keys]`: rows of the cache seen as `[slots * kv_heads,
+    head_dim]`; padding repeats the piece's own last key, so that nothing foreign or stale is ever
+    read. `rows` int64 `[batch * queries]`: packed indices of the queries, padding repeats the last
+    (None: they are rows [start, start + batch * queries)). `valid`: the entries of `rows` that are
+    no padding (None: all). `mask` `[batch, 1, queries, keys]`, 0 or -inf, is added to the scores
+    (None: each query sees all, or where `causal` the lower triangle). `folded`: the heads that
+    share a KV head are computed as its queries, by plain products.
     """
 
     batch: int
@@ -68,6 +72,23 @@ class Group:
     valid: Tensor | None
     mask: Tensor | None
     causal: bool
+    folded: bool
+
+
+class Plan(NamedTuple):
+    """The groups of one step, and the memory their keys and values are gathered into, made once
+    a step because fresh pages cost more than filling them."""
+
+    groups: list[Group]
+    scratch: tuple[Tensor, Tensor]
+
+
+def make_plan(spec: AttentionSpec, batch: AttentionBatch) -> Plan:
+    groups = [build(spec, batch, pieces) for pieces in bundle(spec, cut(spec, batch))]
+    shape = (max((len(group.slots) for group in groups), default=0), spec.head_dim)
+    device = batch.block_tables.device
+    key = torch.empty(shape, dtype=spec.kv_dtype, device=device)
+    return Plan(groups, (key, torch.empty_like(key)))
 
 
 def cut(spec: AttentionSpec, batch: AttentionBatch) -> list[Piece]:
@@ -126,37 +147,54 @@ def _greedy(pieces: Iterable[Piece], spec: AttentionSpec, limit: int) -> Iterabl
 
 def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Group:
     """The index tensors of one group, on the device of the block tables."""
-    tables = batch.block_tables
+    device = batch.block_tables.device
     queries, keys = max(p.queries for p in pieces), max(p.keys for p in pieces)
-    table = torch.tensor(pieces, dtype=torch.int64, device=tables.device)
+    table = torch.tensor(pieces, dtype=torch.int64, device=device)
     sequence, start, stop, position, low, high = table.unsqueeze(2).unbind(1)  # each [batch, 1]
-    at = low + torch.arange(keys, device=tables.device)  # [batch, keys]
-    blocks = torch.minimum(at, high - 1)
-    offsets = blocks % spec.block_size
-    blocks = tables[sequence, blocks.div_(spec.block_size, rounding_mode="floor")]
-    slots = (blocks.long() * spec.block_size).add_(offsets).view(-1)
-
-    rows = start + torch.arange(queries, device=tables.device)  # [batch, queries]
-    inside = rows < stop
+    key_at = low + torch.arange(keys, device=device)  # [batch, keys]
+    row = start + torch.arange(queries, device=device)  # [batch, queries]
+    slots = _slots(spec, batch.block_tables, sequence, torch.minimum(key_at, high - 1))
+    folded = _folds(spec, queries)
+    # Padding after a triangle lies outside of it: no mask even where the pieces differ.
+    causal = not folded and all(p.plain_causal(spec) for p in pieces)
     mask = None
-    if len(pieces) > 1 or not pieces[0].plain_causal(spec):
-        mask = _mask(spec, torch.minimum(rows, stop - 1) - start + position, at, high)
-    in_order = all(a.stop == b.start for a, b in zip(pieces, pieces[1:], strict=False))
+    if not causal:
+        query_at = torch.minimum(row, stop - 1) - start + position
+        mask = _mask(spec, query_at, key_at, high, torch.float32 if folded else spec.dtype)
     even = all(p.queries == queries for p in pieces)
+    in_order = all(a.stop == b.start for a, b in pairwise(pieces))
     return Group(
         batch=len(pieces),
         queries=queries,
         keys=keys,
         start=pieces[0].start,
         slots=slots,
-        rows=None if even and in_order else torch.minimum(rows, stop - 1).view(-1),
-        valid=None if even else inside.view(-1).nonzero().squeeze(1),
+        rows=None if even and in_order else torch.minimum(row, stop - 1).view(-1),
+        valid=None if even else (row < stop).view(-1).nonzero().squeeze(1),
         mask=mask,
-        causal=mask is None and queries > 1 and spec.causal,
+        causal=causal,
+        folded=folded,
     )
 
 
-def _mask(spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor) -> Tensor | None:
+def _slots(spec: AttentionSpec, tables: Tensor, sequence: Tensor, at: Tensor) -> Tensor:
+    """Cache rows of the positions `at` `[batch, keys]`: int64 `[batch * kv_heads * keys]`."""
+    block = tables[sequence, at.div(spec.block_size, rounding_mode="floor")].long()
+    slot = block * spec.block_size + at % spec.block_size
+    heads = torch.arange(spec.num_kv_heads, device=at.device)
+    return (slot.unsqueeze(1) * spec.num_kv_heads + heads.unsqueeze(1)).view(-1)
+
+
+def _folds(spec: AttentionSpec, queries: int) -> bool:
+    """Few queries: two plain products beat the fused call, which is made for many (not in
+    float16, which they would do in fp32). A softcap the fused call cannot do."""
+    few = queries * (spec.num_heads // spec.num_kv_heads) <= FOLDED_ROWS
+    return bool(spec.softcap) or (few and spec.dtype != torch.float16)
+
+
+def _mask(
+    spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor, dtype: torch.dtype
+) -> Tensor | None:
     """query_at `[batch, queries]`, key_at `[batch, keys]`, high `[batch, 1]` -> the mask, or None
     if every query sees every key."""
     seen = (key_at < high).unsqueeze(1)
@@ -165,4 +203,7 @@ def _mask(spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor) -
         seen = seen & (distance >= 0)
         if spec.sliding_window is not None:
             seen &= distance < spec.sliding_window
-    return None if bool(seen.all()) else seen.unsqueeze(1)
+    if bool(seen.all()):
+        return None
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .attention_plan import Group, build, bundle, cut
+from .attention_plan import Group, Plan, make_plan
 from .interface import (
     AttentionBatch,
     AttentionImpl,
@@ -39,76 +39,84 @@ class TorchPagedAttention(AttentionImpl):
         elements = 2 * spec.block_size * spec.num_kv_heads * spec.head_dim
         return elements * spec.kv_dtype.itemsize
 
-    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> list[Group]:
-        return [build(spec, batch, pieces) for pieces in bundle(spec, cut(spec, batch))]
+    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Plan:
+        return make_plan(spec, batch)
 
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
         for cache, new in zip(kv.tensors, (key, value), strict=True):
             cache.flatten(0, 1).index_copy_(0, slots, new.to(cache.dtype))
 
-    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: list[Group]) -> Tensor:
-        if len(metadata) == 1 and metadata[0].rows is None:
-            return _attend(query, kv, spec, metadata[0]).reshape(query.shape)
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Plan) -> Tensor:
+        groups = metadata.groups
+        if len(groups) == 1 and groups[0].rows is None:
+            key, value = _gather(kv, spec, groups[0], metadata)
+            return _attend(query, key, value, spec, groups[0]).flatten(0, 1)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-        for group in metadata:
+        for group in groups:
+            key, value = _gather(kv, spec, group, metadata)
             if group.rows is None:
-                stop = group.start + group.batch * group.queries
-                rows = output[group.start : stop]
-                rows.copy_(_attend(query[group.start : stop], kv, spec, group).view_as(rows))
+                rows = slice(group.start, group.start + group.batch * group.queries)
+                output[rows] = _attend(query[rows], key, value, spec, group).flatten(0, 1)
                 continue
-            found = _attend(query.index_select(0, group.rows), kv, spec, group).flatten(0, 1)
-            rows = group.rows
+            padded = query.index_select(0, group.rows)
+            found = _attend(padded, key, value, spec, group).flatten(0, 1)
+            target = group.rows
             if group.valid is not None:
-                found, rows = found.index_select(0, group.valid), rows.index_select(0, group.valid)
-            output.index_copy_(0, rows, found)
+                found = found.index_select(0, group.valid)
+                target = target.index_select(0, group.valid)
+            output.index_copy_(0, target, found)
         return output
 
 
-def _attend(query: Tensor, kv: LayerKV, spec: AttentionSpec, group: Group) -> Tensor:
-    """query `[batch * queries, heads, head_dim]` -> `[batch, queries, heads, head_dim]`."""
+def _gather(kv: LayerKV, spec: AttentionSpec, group: Group, plan: Plan) -> tuple[Tensor, Tensor]:
+    """Keys and values, each `[batch * kv_heads, keys, head_dim]`, in the queries' dtype."""
+    shape = (group.batch * spec.num_kv_heads, group.keys, spec.head_dim)
     key, value = (
-        cache.flatten(0, 1)
-        .index_select(0, group.slots)
-        .view(group.batch, group.keys, spec.num_kv_heads, spec.head_dim)
-        .transpose(1, 2)
-        .to(query.dtype)
-        for cache in kv.tensors
+        torch.index_select(
+            cache.view(-1, spec.head_dim), 0, group.slots, out=scratch[: len(group.slots)]
+        ).view(shape)
+        for cache, scratch in zip(kv.tensors, plan.scratch, strict=True)
     )
-    if group.queries == 1:
-        return _attend_folded(query, key, value, spec, group)
-    query = query.view(group.batch, group.queries, spec.num_heads, spec.head_dim).transpose(1, 2)
-    heads = spec.num_heads // spec.num_kv_heads
-    key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
-    return _sdpa(query, key, value, spec, group).transpose(1, 2)
+    return key.to(spec.dtype), value.to(spec.dtype)
 
 
-def _attend_folded(
+def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group) -> Tensor:
+    """query `[batch * queries, heads, head_dim]` -> `[batch, queries, heads, head_dim]`."""
+    query = query.reshape(group.batch, group.queries, spec.num_heads, spec.head_dim)
+    return (_by_products if group.folded else _by_fused_call)(query, key, value, spec, group)
+
+
+def _by_fused_call(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group
 ) -> Tensor:
-    """One query a sequence: the heads that share a KV head become its queries."""
     heads = spec.num_heads // spec.num_kv_heads
-    folded = query.view(group.batch, spec.num_kv_heads, heads, spec.head_dim)
-    found = _sdpa(folded, key, value, spec, group)
-    return found.reshape(group.batch, 1, spec.num_heads, spec.head_dim)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group) -> Tensor:
-    """`[batch, heads, queries, head_dim]` all of them; the mask broadcasts over heads."""
-    if spec.softcap:
-        return _softcapped(query, key, value, spec, group)
+    split = (group.batch, spec.num_kv_heads, group.keys, spec.head_dim)
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=group.mask, is_causal=group.causal, scale=spec.scale
-    )
+        query.transpose(1, 2),
+        key.view(split).repeat_interleave(heads, dim=1),
+        value.view(split).repeat_interleave(heads, dim=1),
+        attn_mask=group.mask,
+        is_causal=group.causal,
+        scale=spec.scale,
+    ).transpose(1, 2)
 
 
-def _softcapped(
+def _by_products(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group
 ) -> Tensor:
-    scores = torch.matmul(query, key.transpose(2, 3)).float() * spec.scale
-    scores = spec.softcap * torch.tanh(scores / spec.softcap)
-    mask = group.mask
-    if group.causal:
-        mask = torch.ones(group.queries, group.keys, dtype=torch.bool, device=query.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return torch.matmul(scores.softmax(dim=-1).to(query.dtype), value)
+    """Scores are rounded to the model's dtype, as eager attention in `transformers` rounds them,
+    except to float16, which may not hold them; all else is fp32."""
+    if spec.dtype == torch.float16:
+        query, key, value = query.float(), key.float(), value.float()
+    batch, queries, kv_heads = group.batch, group.queries, spec.num_kv_heads
+    heads = spec.num_heads // kv_heads
+    by_head = (batch, queries, kv_heads, heads, spec.head_dim)
+    folded = query.view(by_head).permute(0, 2, 3, 1, 4).reshape(len(key), -1, spec.head_dim)
+    scores = torch.bmm(folded, key.transpose(1, 2)).float().mul_(spec.scale)
+    if spec.softcap:
+        scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
+    if group.mask is not None:
+        scores.view(batch, kv_heads * heads, queries, group.keys).add_(group.mask)
+    found = torch.bmm(scores.softmax(dim=-1).to(value.dtype), value)
+    found = found.view(batch, kv_heads, heads, queries, spec.head_dim).permute(0, 3, 1, 2, 4)
+    return found.reshape(query.shape).to(spec.dtype)
