@@ -1,0 +1,85 @@
+"""The base of all request models: strict types, bounds, and nothing dropped in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ...core.errors import InvalidRequestError
+from ..errors import from_validation
+
+# A prompt may be as long as a body; whether it fits the context is for the tokenizer to say.
+MAX_TEXT = 33_554_432
+MAX_TOKENS = 2**31 - 1
+MAX_TOKEN_ID = 2**31 - 1
+MAX_PROMPT_TOKENS = 4_000_000
+MAX_PROMPTS = 2_048
+MAX_UNKNOWN = 64
+
+Name = Annotated[str, Field(max_length=256)]
+Label = Annotated[str, Field(max_length=1_024)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+# Free-form JSON (tool schemas, template variables): its depth and size were bounded as it was
+# parsed, its own keys are bounded here.
+JsonObject = Annotated[dict[Annotated[str, Field(max_length=256)], Any], Field(max_length=256)]
+
+# Names of union branches (see `tag` below), which no error message should show.
+TAGS = frozenset({"<text>", "<tokens>", "<texts>", "<token lists>", "<parts>", "<word>", "<named>"})
+
+
+class Part(BaseModel):
+    """A model inside a request. Unknown fields are kept, to be reported."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+    )
+
+
+class RequestModel(Part):
+    """A request body.
+
+    `LATER`: fields that other servers know and this one does not serve yet, each with the values
+    that ask for nothing; any other value is refused rather than ignored.
+    """
+
+    LATER: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+
+M = TypeVar("M", bound=RequestModel)
+
+
+def parse_request(model: type[M], body: Mapping[str, Any]) -> tuple[M, list[str]]:
+    """The validated request, and the names of the fields that mean nothing to it.
+
+    A null is the same as leaving the field out. Raises `InvalidRequestError`.
+    """
+    given = {name: value for name, value in body.items() if value is not None}
+    for name, neutral in model.LATER.items():
+        if name in given and given.pop(name) not in neutral:
+            raise InvalidRequestError(f"{name} is not supported yet.", param=name)
+    try:
+        request = model.model_validate(given)
+    except ValidationError as error:
+        raise from_validation(error, TAGS) from None
+    unknown = _unknown(request)
+    if len(unknown) > MAX_UNKNOWN:
+        raise InvalidRequestError(f"The request has {len(unknown)} unknown fields.")
+    return request, unknown
+
+
+def _unknown(part: BaseModel, prefix: str = "") -> list[str]:
+    """Dotted names of all fields that no model declares, in this part and those inside it."""
+    names = [prefix + name for name in part.model_extra or {}]
+    for name in type(part).model_fields:
+        value = getattr(part, name)
+        if isinstance(value, BaseModel):
+            names += _unknown(value, f"{prefix}{name}.")
+    return names

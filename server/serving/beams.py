@@ -1,0 +1,104 @@
+"""`use_beam_search`: a request's `n` best sequences by beam search."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from ...core.errors import InvalidRequestError
+from ...core.sampling_params import BeamSearchParams
+from ...core.types import BeamSearchOutput
+from ..errors import DeadlineError
+from ..protocol.sampling import MAX_BEAMS, SamplingFields
+from ..router import ServedModel
+from .common import usage_of
+from .streams import SubmitOptions
+
+# Fields of sampling, which a search does not do.
+_MEANINGLESS = (
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "min_tokens",
+    "stop",
+    "stop_token_ids",
+    "prompt_logprobs",
+    "logprobs",
+    "return_token_ids",
+    "echo",
+)
+
+
+async def search(
+    model: ServedModel,
+    prompts: list[list[int]],
+    fields: SamplingFields,
+    options: SubmitOptions,
+    max_tokens: int,
+) -> list[BeamSearchOutput]:
+    """One search a prompt, one after the other. Raises `DeadlineError` after `timeout_ms`."""
+    for name in _MEANINGLESS:
+        if getattr(fields, name, None):
+            raise InvalidRequestError(
+                f"{name} cannot be combined with use_beam_search.", param=name
+            )
+    if fields.n > MAX_BEAMS:
+        raise InvalidRequestError(f"A beam search has at most {MAX_BEAMS} beams.", param="n")
+    params = BeamSearchParams(
+        beam_width=fields.n,
+        max_tokens=max_tokens,
+        ignore_eos=fields.ignore_eos,
+        temperature=fields.temperature or 0.0,
+        length_penalty=1.0 if fields.length_penalty is None else fields.length_penalty,
+        include_stop_str_in_output=fields.include_stop_str_in_output,
+    )
+    limit = None if options.timeout_ms is None else options.timeout_ms / 1e3
+    try:
+        async with asyncio.timeout(limit):
+            return [
+                await model.engine.beam_search(
+                    prompt,
+                    params,
+                    request_id=f"{options.request_id}-{index}",
+                    priority=options.priority,
+                    cache_salt=options.cache_salt,
+                    key_id=options.key_id,
+                )
+                for index, prompt in enumerate(prompts)
+            ]
+    except TimeoutError:
+        raise DeadlineError(
+            f"The request did not finish within its timeout_ms of {options.timeout_ms}."
+        ) from None
+
+
+def search_usage(prompts: list[list[int]], outputs: list[BeamSearchOutput]) -> dict[str, Any]:
+    generated = sum(len(beam.token_ids) for output in outputs for beam in output.sequences)
+    return usage_of(sum(map(len, prompts)), generated, None)
+
+
+async def beam_choices(
+    model: ServedModel, prompts: list[list[int]], fields: Any, options: SubmitOptions
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Choices and usage of a completions request."""
+    max_tokens = 16 if fields.max_tokens is None else max(1, fields.max_tokens)
+    outputs = await search(model, prompts, fields, options, max_tokens)
+    choices = [
+        {
+            "index": prompt_index * fields.n + rank,
+            "text": beam.text,
+            "logprobs": None,
+            "finish_reason": beam.finish_reason,
+            "stop_reason": None,
+            "cumulative_logprob": beam.cumulative_logprob,
+        }
+        for prompt_index, output in enumerate(outputs)
+        for rank, beam in enumerate(output.sequences)
+    ]
+    return choices, search_usage(prompts, outputs)

@@ -1,0 +1,85 @@
+"""From chat messages to the prompt's token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ...core.errors import InvalidRequestError
+from ..protocol.chat import TEMPLATE_VARIABLES, ContentPart, Message, TemplateFields
+from ..router import ServedModel
+
+
+async def render(model: ServedModel, fields: TemplateFields) -> str:
+    """The prompt's text. Raises `InvalidRequestError` for what the template cannot render."""
+    _check(model, fields)
+    tools = [tool.model_dump(exclude_none=True) for tool in fields.tools]
+    return await model.engine.render_chat(
+        [_template_message(message, index) for index, message in enumerate(fields.messages)],
+        tools=tools if tools and fields.tool_choice != "none" else None,
+        documents=fields.documents,
+        add_generation_prompt=fields.add_generation_prompt and not fields.continue_final_message,
+        continue_final_message=fields.continue_final_message,
+        variables=fields.chat_template_kwargs,
+    )
+
+
+async def prompt_ids(model: ServedModel, fields: TemplateFields) -> list[int]:
+    text = await render(model, fields)
+    return await model.engine.encode(text, add_special_tokens=fields.add_special_tokens)
+
+
+def _check(model: ServedModel, fields: TemplateFields) -> None:
+    if fields.chat_template is not None:
+        raise InvalidRequestError(
+            "chat_template: a request may not bring its own template.", param="chat_template"
+        )
+    unknown = sorted(set(fields.chat_template_kwargs) - TEMPLATE_VARIABLES)
+    if unknown:
+        raise InvalidRequestError(
+            f"chat_template_kwargs: `{unknown[0][:64]}` may not be set by a request; "
+            f"these may: {', '.join(sorted(TEMPLATE_VARIABLES))}.",
+            param="chat_template_kwargs",
+        )
+    generation_prompt = "add_generation_prompt" in fields.model_fields_set
+    if fields.continue_final_message and generation_prompt and fields.add_generation_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt exclude each other.",
+            param="continue_final_message",
+        )
+    if fields.tool_choice == "required" or not isinstance(fields.tool_choice, str | None):
+        raise InvalidRequestError(
+            "tool_choice: only none and auto are supported yet.", param="tool_choice"
+        )
+    if model.engine.chat_template is None:
+        raise InvalidRequestError(
+            "This model has no chat template: use /v1/completions, or start the server with "
+            "--chat-template.",
+            param="messages",
+        )
+
+
+def _template_message(message: Message, index: int) -> dict[str, Any]:
+    """A message as templates expect it: plain text, and arguments as objects."""
+    values = message.model_dump(exclude_none=True)
+    if message.role == "developer":  # the newer name of the same thing; templates know the old
+        values["role"] = "system"
+    values["content"] = _plain_text(message)
+    for number, call in enumerate(values.get("tool_calls", [])):
+        call["function"]["arguments"] = _arguments(call["function"]["arguments"], index, number)
+    return values
+
+
+def _plain_text(message: Message) -> str:
+    if isinstance(message.content, list):
+        return "\n".join(part.text for part in message.content if isinstance(part, ContentPart))
+    return message.content or ""
+
+
+def _arguments(text: str, message: int, call: int) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text or "{}", type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        where = f"messages[{message}].tool_calls[{call}].function.arguments"
+        raise InvalidRequestError(f"{where} is not a JSON object.", param=where) from None
