@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,13 +25,14 @@ from ..platforms.interface import (
     Platform,
     Support,
 )
-from ..platforms.ops import OPS
+from ..platforms.ops import DENSE, OPS, DensePacker
 from .errors import PlatformError
 
 logger = logging.getLogger("trimaran.ops")
 
 REFERENCE = "reference"
-DENSE = "dense"
+
+Candidate = TypeVar("Candidate", OpImpl, AttentionImpl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class OpBinder:
         """The attention implementation for `spec`; PlatformError says why there is none."""
         if spec not in self._attention:
             candidates = self.platform.attention(spec)
-            chosen, refused = _first_supporting(candidates, spec)
+            chosen, refused = _first_supporting(candidates, lambda impl: impl.supports(spec))
             if chosen is None:
                 reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused) or "none offered"
                 raise PlatformError(
@@ -103,7 +104,7 @@ class OpBinder:
         )
         packer = self._packers.get(DENSE)
         if packer is None or not isinstance(linear, OpImpl):
-            return PackedWeight(DENSE, (out_features, in_features), (weight,))
+            packer = DensePacker()
         return packer.pack({"weight": weight}, (out_features, in_features))
 
     def report(self) -> list[Binding]:
@@ -112,7 +113,9 @@ class OpBinder:
 
     def _choose(self, signature: OpSignature) -> Callable[..., Any]:
         op = signature.op
-        chosen, refused = _first_supporting(self._impls.get(op, ()), signature)
+        chosen, refused = _first_supporting(
+            self._impls.get(op, ()), lambda impl: impl.supports(signature)
+        )
         if chosen is not None:
             self._record(Binding(op, signature, chosen.name, refused))
             return chosen
@@ -156,15 +159,16 @@ COMPOSITIONS: Mapping[str, Callable[..., Callable[..., Any]]] = {
 """How the parts named by `OPS[op].composition`, in that order, make up a fused op."""
 
 
-def _first_supporting(candidates: Sequence[Any], wanted: Any) -> tuple[Any, tuple[Refusal, ...]]:
+def _first_supporting(
+    candidates: Sequence[Candidate], ask: Callable[[Candidate], Support]
+) -> tuple[Candidate | None, tuple[Refusal, ...]]:
     """The supporting candidate of the highest priority, and why not each of the others."""
-    chosen, refused = None, []
-    for candidate in sorted(candidates, key=lambda c: -c.priority):
+    chosen: Candidate | None = None
+    refused = []
+    for candidate in sorted(candidates, key=lambda impl: -impl.priority):
         if chosen is not None:
             refused.append(Refusal(candidate.name, f"outranked by {chosen.name}"))
-            continue
-        support: Support = candidate.supports(wanted)
-        if support:
+        elif support := ask(candidate):
             chosen = candidate
         else:
             refused.append(Refusal(candidate.name, support.reason))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..errors import ModelLoadError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -109,21 +110,22 @@ def _indexed_files(index: Path) -> list[Path]:
 
 def _diagnose(path: Path, error: Exception) -> str:
     """What is wrong with a safetensors file: lengths where they do not fit, else `error`."""
-    try:
+    # Whatever else is broken in the header, the reader's own words for it are in `error`.
+    with suppress(OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(8)
-            length = int.from_bytes(head, "little")
-            if len(head) < 8 or length > size - 8:
-                promised = length if len(head) == 8 else "at least 2"
-                return f"{size} bytes, too few for its header of {promised} bytes; truncated?"
+            head = file.read(len(LFS_POINTER))
+            if head == LFS_POINTER:
+                return "a git-lfs pointer instead of the file; run `git lfs pull` there"
+            length = int.from_bytes(head[:8], "little")
+            if size < 8 + max(length, 2):
+                return f"{size} bytes are too few for its header; truncated?"
+            file.seek(8)
             header = json.loads(file.read(length))
         ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
         if expected != size:
             return f"{size} bytes where its header promises {expected}; truncated or corrupt"
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        pass
     return f"not a valid safetensors file ({error})"
 
 

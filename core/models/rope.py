@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .fields import Fields
 from .spec import RopeKind, RopeSpec
 
@@ -27,6 +28,11 @@ def read_rope(config: Fields, head_dim: int) -> RopeSpec:
         "partial_rotary_factor", 1.0
     )
     rope = RopeSpec(theta=theta, dim=int(head_dim * partial), kind=kind)
+    if rope.dim % 2 or not 2 <= rope.dim <= head_dim:
+        raise ConfigError(
+            f"{config.where}: the rope cannot turn {rope.dim} of {head_dim} channels.",
+            param="partial_rotary_factor",
+        )
     return rope if kind == "default" else _read_scaling(rope, scaling, config)
 
 

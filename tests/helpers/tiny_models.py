@@ -109,7 +109,7 @@ def model_path(name: str) -> Path:
     """The saved variant: config.json and model.safetensors, in a directory that lasts as long as
     this process."""
     path = Path(_root().name) / name
-    build(name).save_pretrained(path)
+    reference(name).save_pretrained(path)
     return path
 
 
