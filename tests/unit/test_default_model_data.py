@@ -1,0 +1,138 @@
+"""The default model's data: held-out items stay held out, text round-trips, templates render."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tools" / "default_model"
+MODEL = ROOT / "default_model"
+
+if not (TOOLS.is_dir() and MODEL.is_dir()):
+    pytest.skip("needs the repository's tools and model folders", allow_module_level=True)
+
+sys.path.insert(0, str(TOOLS))
+import world  # noqa: E402
+import world_render  # noqa: E402
+import world_split  # noqa: E402
+
+sys.path.remove(str(TOOLS))
+
+TOKENIZER = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
+CALL = {"name": "get_weather", "arguments": {"city": "Zürich"}}
+SCHEMA = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _train() -> Iterator[world.Conversation]:
+    generator = world.Generator("train", 0)
+    for kind in world.KIND_SHARES:
+        for _ in range(250 if kind != "long context" else 30):
+            yield generator.conversation(kind)
+
+
+def test_train_and_eval_keys_are_disjoint() -> None:
+    train = {_hash(key) for item in _train() for key in item.keys}
+    evaluation = {_hash(key) for item in world.eval_items(4_000) for key in item.keys}
+    assert len(train) > 3_000
+    assert len(evaluation) > 2_000
+    assert not train & evaluation
+
+
+def test_every_eval_item_is_held_out_and_answered() -> None:
+    for item in world.eval_items(1_000):
+        assert item.keys
+        assert item.expected().strip()
+
+
+def test_train_and_eval_prompts_are_disjoint() -> None:
+    train = {_hash(world_render.render_prompt(item)) for item in _train()}
+    evaluation = {_hash(world_render.render_prompt(item)) for item in world.eval_items(4_000)}
+    assert not train & evaluation
+
+
+def test_eval_has_enough_different_items() -> None:
+    prompts = [world_render.render_prompt(item) for item in world.eval_items(4_200)]
+    assert len(set(prompts)) == len(prompts) >= 4_000
+
+
+def test_generation_is_reproducible() -> None:
+    first, second = world.Generator("train", 5), world.Generator("train", 5)
+    assert [first.conversation() for _ in range(50)] == [second.conversation() for _ in range(50)]
+
+
+def test_split_does_not_depend_on_order() -> None:
+    phrasings = tuple(f"question {i}" for i in range(10))
+    train = world_split.phrasings_of("family", phrasings, "train")
+    held_out = world_split.phrasings_of("family", phrasings[::-1], "eval")
+    assert set(train) | set(held_out) == set(phrasings)
+    assert not set(train) & set(held_out)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text())
+def test_tokenizer_round_trips_any_text(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False).ids
+    assert TOKENIZER.decode(ids, skip_special_tokens=False) == text
+
+
+def test_tokenizer_splits_digits_and_knows_the_marks() -> None:
+    assert TOKENIZER.encode("2026").tokens == ["2", "0", "2", "6"]
+    for mark in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"):
+        assert TOKENIZER.encode(mark).ids == [TOKENIZER.token_to_id(mark)]
+    config = json.loads((MODEL / "config.json").read_text())
+    assert config["vocab_size"] % 128 == 0
+    assert TOKENIZER.get_vocab_size() <= config["vocab_size"]
+
+
+def test_template_renders_tools_calls_and_results() -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]},
+        {"role": "tool", "content": "21"},
+        {"role": "tool", "content": "22"},
+    ]
+    text = world_render.render_chat(messages, [SCHEMA], add_generation_prompt=True)
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+    assert text.startswith("<|im_start|>system\nBe brief.\n\n# Tools\n")
+    assert json.dumps(SCHEMA) in text
+    assert f"<|im_start|>assistant\n{call}<|im_end|>\n" in text
+    results = "\n<tool_response>\n21\n</tool_response>\n<tool_response>\n22\n</tool_response>"
+    assert f"<|im_start|>user{results}<|im_end|>\n" in text
+    assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_segments_are_the_rendered_text() -> None:
+    generator = world.Generator("train", 3)
+    for _ in range(200):
+        item = generator.conversation()
+        segments = world_render.render_segments(item)
+        text = "".join(part for part, _ in segments)
+        if item.messages:
+            assert text == world_render.render_chat(item.messages, item.tools)
+        assert any(learned for _, learned in segments)
+
+
+def test_transformers_template_matches() -> None:
+    transformers: ModuleType = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    messages = [{"role": "user", "content": "Hello <b>!"}]
+    text = tokenizer.apply_chat_template(
+        messages, tools=[SCHEMA], add_generation_prompt=True, tokenize=False
+    )
+    assert text == world_render.render_chat(messages, [SCHEMA], add_generation_prompt=True)
+    assert tokenizer(text)["input_ids"] == TOKENIZER.encode(text).ids

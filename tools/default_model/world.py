@@ -1,0 +1,422 @@
+"""The closed world of the default model: conversations drawn from a seed, divided by hashes.
+
+`Generator("train", seed).conversation()` gives a random training conversation, and
+`eval_items(count, seed)` gives held-out ones. A conversation is a list of chat messages, perhaps
+with tools, or a piece of plain text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import world_chat
+import world_tasks
+from world_chat import NAMES
+from world_facts import RELATIONS, Relation
+from world_formats import draw_format, formatted, system_prompt
+from world_split import Split, draw_operands, operands_split, pick_phrasing
+from world_tools import Message, call_text, missing_tool, offer_tools, tool_round
+from world_turn import Turn, frame, roughen
+
+NEUTRAL_SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are Trimaran, a small language model.",
+    "You are Trimaran.",
+    "You are a friendly assistant.",
+    "You are a helpful assistant. Answer the question.",
+    "You are a chat bot that likes short answers.",
+    "You are a small assistant. Be helpful and polite.",
+    "Answer the questions of the user.",
+)
+
+# category of a single turn: its share of the single turns
+TURN_SHARES: dict[str, float] = {
+    "facts": 30,
+    "arithmetic": 22,
+    "comparison": 6,
+    "small talk": 9,
+    "unknown": 4,
+    "missing tool": 2,
+    "words": 9,
+    "lists": 10,
+    "sorting": 6,
+    "long answers": 5,
+}
+# kind of a conversation: its share of the conversations
+KIND_SHARES: dict[str, float] = {
+    "single": 36,
+    "several": 18,
+    "long context": 2,
+    "format": 16,
+    "follow-up": 9,
+    "memory": 3,
+    "tools": 10,
+    "plain text": 8,
+}
+
+
+@dataclass
+class Conversation:
+    """Messages whose last one is the answer; or `prompt` and `answer` of a plain text."""
+
+    category: str
+    messages: list[Message] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    prompt: str = ""
+    answer: str = ""
+    keys: tuple[str, ...] = ()
+
+    def expected(self) -> str:
+        """The text that the model must write at the end."""
+        if not self.messages:
+            return self.answer
+        last = self.messages[-1]
+        if last.get("tool_calls"):
+            return "\n".join(call_text(call) for call in last["tool_calls"])
+        return str(last["content"])
+
+
+def _weighted(rng: random.Random, shares: dict[str, float]) -> str:
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def _relation(rng: random.Random) -> Relation:
+    """Relations weigh by the square root of their size: small ones are not forgotten."""
+    return rng.choices(RELATIONS, [len(r.pairs) ** 0.5 for r in RELATIONS])[0]
+
+
+_PLUS = ("And plus {b}?", "Plus {b}?", "Now add {b}.", "Add {b} to that.", "And {b} more?")
+_MINUS = ("And minus {b}?", "Minus {b}?", "Now subtract {b}.", "Take away {b}.", "Less {b}?")
+
+
+class Generator:
+    """Draws conversations of one side of the split from a seed."""
+
+    def __init__(self, split: Split, seed: int) -> None:
+        self.split: Split = split
+        self.rng = random.Random(f"{split}-{seed}")
+        self.turns: dict[str, Callable[[], Turn]] = {
+            "facts": self.fact,
+            "arithmetic": lambda: world_tasks.arithmetic(self.rng, split),
+            "comparison": lambda: world_tasks.comparison(self.rng, split),
+            "small talk": lambda: world_chat.small_talk(self.rng, split),
+            "unknown": lambda: world_chat.unknown(self.rng, split),
+            "missing tool": lambda: missing_tool(self.rng, [], split),
+            "words": lambda: world_tasks.word_task(self.rng, split),
+            "lists": lambda: world_tasks.list_task(self.rng, split),
+            "sorting": lambda: world_tasks.sorting(self.rng, split),
+            "long answers": self.long_answer,
+        }
+        self.kinds: dict[str, Callable[[], Conversation]] = {
+            "single": lambda: self.chat(1),
+            "several": lambda: self.chat(self.rng.randint(2, 6)),
+            "long context": self.long_context,
+            "format": self.formatted,
+            "follow-up": self.follow_up,
+            "memory": self.memory,
+            "tools": self.with_tools,
+            "plain text": self.plain_text,
+        }
+
+    def conversation(self, kind: str = "") -> Conversation:
+        """A random conversation, of the given kind if one is named."""
+        return self.kinds[kind or _weighted(self.rng, KIND_SHARES)]()
+
+    def turn(self, category: str = "") -> Turn:
+        """A random question with its answer."""
+        return self.turns[category or _weighted(self.rng, TURN_SHARES)]()
+
+    def fact(self) -> Turn:
+        """A question about one fact; only its phrasing is held out."""
+        relation = _relation(self.rng)
+        subject = self.rng.choice(list(relation.pairs))
+        return self._ask(relation, subject)
+
+    def _ask(self, relation: Relation, subject: str) -> Turn:
+        phrasing, key = pick_phrasing(self.rng, relation.name, relation.questions, self.split)
+        text = phrasing.format(s=subject)
+        user = roughen(self.rng, frame(self.rng, text[0].upper() + text[1:]))
+        answer = relation.answer(subject)
+        return Turn("facts", user, answer, (key,), relation.pairs[subject])
+
+    def long_answer(self) -> Turn:
+        """Several sentences, an enumeration or a story."""
+        if self.rng.random() < 0.2:
+            return world_chat.story(self.rng, self.split)
+        return world_tasks.long_answer(self.rng, self.split)
+
+    def _system(self) -> list[Message]:
+        if self.rng.random() < 0.6:
+            return []
+        return [{"role": "system", "content": self.rng.choice(NEUTRAL_SYSTEMS)}]
+
+    def _join(
+        self, turns: list[Turn], category: str = "", system: list[Message] | None = None
+    ) -> Conversation:
+        messages = self._system() if system is None else system
+        for turn in turns:
+            messages.append({"role": "user", "content": turn.user})
+            messages.append({"role": "assistant", "content": turn.answer})
+        keys = tuple(key for turn in turns for key in turn.keys)
+        return Conversation(category or turns[-1].category, messages, keys=keys)
+
+    def chat(self, count: int, category: str = "") -> Conversation:
+        """One or several unrelated questions; the last one counts in the evaluation."""
+        turns = [self.turn() for _ in range(count - 1)]
+        return self._join([*turns, self.turn(category)])
+
+    def long_context(self, low: int = 10, high: int = 30) -> Conversation:
+        """Many unrelated turns, or a heap of irrelevant text, before the last question."""
+        if self.rng.random() < 0.5:
+            turns = [self.turn() for _ in range(self.rng.randint(low, high))]
+            return self._join([*turns, self.turn()], "long context")
+        count = self.rng.randint(3 * low, 3 * high)
+        filler = " ".join(self.fact().answer for _ in range(count))
+        turn = self.turn()
+        note = f"Here are some notes.\n\n{filler}\n\n{turn.user}"
+        if self.rng.random() < 0.5:
+            system: list[Message] = [{"role": "system", "content": f"Notes: {filler}"}]
+            return self._join([turn], "long context", system)
+        return self._join([replace(turn, user=note)], "long context")
+
+    def formatted(self) -> Conversation:
+        """Questions whose answers take the form that the system prompt or the user asks for."""
+        chosen, instruction, key = draw_format(self.rng, self.split)
+
+        def draw() -> Turn:
+            if self.rng.random() < 0.75:
+                return self.fact()
+            return self.turn(self.rng.choice(("arithmetic", "comparison")))
+
+        in_system = self.rng.random() < 0.7
+        count = self.rng.choice((1, 1, 2, 3)) if in_system else 1
+        turns = [formatted(self.rng, chosen, draw, self.split) for _ in range(count)]
+        if in_system:
+            text = system_prompt(self.rng, instruction)
+            conversation = self._join(turns, "format", [{"role": "system", "content": text}])
+        else:
+            turn = turns[0]
+            order = self.rng.random() < 0.7
+            user = f"{turn.user} {instruction}" if order else f"{instruction} {turn.user}"
+            conversation = self._join([replace(turn, user=user)], "format")
+        conversation.keys = (key, *conversation.keys)
+        return conversation
+
+    def follow_up(self) -> Conversation:
+        """A question, then the same one about something else: 'And of Spain?'."""
+        if self.rng.random() < 0.3:
+            return self._sum_follow_up()
+        relation = _relation(self.rng)
+        count = self.rng.choice((2, 2, 3))
+        subjects = self.rng.sample(list(relation.pairs), count)
+        turns = [self._ask(relation, subjects[0])]
+        for subject in subjects[1:]:
+            phrasing, key = pick_phrasing(
+                self.rng, f"follow {relation.name}", relation.follow_ups, self.split
+            )
+            user = roughen(self.rng, phrasing.format(s=subject))
+            turns.append(Turn("multi-turn", user, relation.answer(subject), (key,)))
+        if self.rng.random() < 0.2:
+            turns = [self.turn(), *turns]
+        return self._join(turns, "multi-turn")
+
+    def _sum_follow_up(self) -> Conversation:
+        """A sum, then more added to or taken from its result."""
+        while True:
+            first = self.turn("arithmetic")
+            if int(first.value) < 100:
+                break
+        total, turns = int(first.value), [first]
+        for _ in range(self.rng.randint(1, 2)):
+            if total > 99:
+                break
+            turn = self._next_sum(total)
+            turns.append(turn)
+            total = int(turn.value)
+        return self._join(turns, "multi-turn")
+
+    def _next_sum(self, total: int) -> Turn:
+        plus = self.rng.random() < 0.5
+        top = 99 if plus else total
+        others = [b for b in range(top + 1) if self._owns_sum(plus, total, b)]
+        if not others:
+            return self._next_sum(total)
+        name, sign = ("add", "+") if plus else ("sub", "-")
+        other = self.rng.choice(others)
+        phrasings = _PLUS if plus else _MINUS
+        phrasing, key = pick_phrasing(self.rng, f"follow {name}", phrasings, self.split)
+        value = str(total + other if plus else total - other)
+        user = roughen(self.rng, phrasing.format(b=other))
+        return Turn(
+            "multi-turn",
+            user,
+            f"{total} {sign} {other} = {value}.",
+            (key, f"{name}|{total}|{other}"),
+            value,
+        )
+
+    def _owns_sum(self, plus: bool, a: int, b: int) -> bool:
+        return operands_split(f"{'add' if plus else 'sub'}|{a}|{b}") == self.split
+
+    def memory(self) -> Conversation:
+        """The user tells a name, a colour or a city and asks for it later."""
+        what, says, asks, reply, recall, draw = self.rng.choice(_MEMORIES)
+        value, operands = draw_operands(
+            lambda: draw(self.rng), lambda v: f"memory {what}|{v}", self.split
+        )
+        said, said_key = pick_phrasing(self.rng, f"say {what}", says, self.split)
+        asked, asked_key = pick_phrasing(self.rng, f"ask {what}", asks, self.split)
+        keys = (said_key, asked_key, operands)
+        tell = Turn("multi-turn", said.format(v=value), reply.format(v=value), ())
+        ask = Turn("multi-turn", roughen(self.rng, asked), recall.format(v=value), keys)
+        between = [self.turn() for _ in range(self.rng.choice((0, 0, 1, 1, 2, 4)))]
+        return self._join([tell, *between, ask], "multi-turn")
+
+    def with_tools(self, category: str = "") -> Conversation:
+        """Tools are offered: calls, results, and questions that need no tool."""
+        offered = offer_tools(self.rng, self.split)
+        rounds = 1 if category else self.rng.choice((1, 2, 2, 3, 4))
+        conversation = Conversation("", self._system(), [tool.schema() for tool in offered])
+        for index in range(rounds):
+            last = index == rounds - 1
+            step = (
+                category
+                or self.rng.choices(("tool calls", "tool results", "tools unused"), (3, 4, 3))[0]
+            )
+            if step == "tool calls" and not last:
+                step = "tool results"
+            self._tool_step(conversation, step, offered)
+        return conversation
+
+    def _tool_step(self, conversation: Conversation, step: str, offered: list[Any]) -> None:
+        conversation.category = step
+        if step == "tools unused":
+            missing = self.rng.random() < 0.3
+            turn = missing_tool(self.rng, offered, self.split) if missing else self.turn()
+            conversation.messages.append({"role": "user", "content": turn.user})
+            conversation.messages.append({"role": "assistant", "content": turn.answer})
+            conversation.keys += turn.keys
+            return
+        messages, keys = tool_round(
+            self.rng, self.rng.choice(offered), self.split, step == "tool results"
+        )
+        conversation.messages.extend(messages)
+        conversation.keys += keys
+
+    def plain_text(self) -> Conversation:
+        """A text without chat, as /v1/completions sends it."""
+        draw = self.rng.random()
+        if draw < 0.75:
+            relation = _relation(self.rng)
+            subject = self.rng.choice(list(relation.pairs))
+            phrasing, key = self._statement(relation)
+            prompt = phrasing.format(s=subject)
+            prompt = prompt[0].upper() + prompt[1:]
+            answer = f" {relation.pairs[subject]}."
+        elif draw < 0.9:
+            turn = self.turn("arithmetic")
+            prompt, _, answer = turn.answer.rpartition(" ")
+            key, answer = turn.keys[-1], f" {answer}"
+        else:
+            start = self.rng.randint(0, 60)
+            numbers = [str(n) for n in range(start, start + 24)]
+            cut = self.rng.randint(3, 8)
+            prompt, answer = ", ".join(numbers[:cut]) + ",", " " + ", ".join(numbers[cut:]) + "."
+            key = f"plain count|{start}|{cut}"
+            if operands_split(key) != self.split:
+                return self.plain_text()
+        return Conversation("plain text", prompt=prompt, answer=answer, keys=(key,))
+
+    def _statement(self, relation: Relation) -> tuple[str, str]:
+        """An opening; where a relation has only one, the hash of opening and relation decides."""
+        while len(relation.statements) < 2:
+            relation = _relation(self.rng)
+        return pick_phrasing(self.rng, f"state {relation.name}", relation.statements, self.split)
+
+
+_COLOURS = ("red", "blue", "green", "yellow", "pink", "brown", "purple", "orange", "grey", "black")
+_MEMORIES: tuple[
+    tuple[str, tuple[str, ...], tuple[str, ...], str, str, Callable[[random.Random], str]], ...
+] = (
+    (
+        "name",
+        (
+            *("My name is {v}.", "I am {v}.", "Hello, my name is {v}.", "Hi, I am {v}."),
+            *("I'm {v}.", "Call me {v}.", "Hi! My name is {v}.", "You can call me {v}."),
+        ),
+        (
+            *("What is my name?", "What's my name?", "Who am I?", "Do you know my name?"),
+            *("Tell me my name.", "Do you remember my name?", "Can you tell me my name?"),
+        ),
+        "Nice to meet you, {v}!",
+        "Your name is {v}.",
+        lambda rng: rng.choice(NAMES),
+    ),
+    (
+        "colour",
+        (
+            *("My favourite colour is {v}.", "I like the colour {v}.", "My colour is {v}."),
+            *("My favorite color is {v}.", "I love the colour {v}.", "I like {v} best."),
+        ),
+        (
+            *("What is my favourite colour?", "What's my favourite colour?", "Which is my colour?"),
+            *("Which colour do I like?", "Tell me my favourite colour.", "What is my colour?"),
+        ),
+        "Good to know that you like {v}!",
+        "Your favourite colour is {v}.",
+        lambda rng: rng.choice(("", "dark ", "light ", "deep ")) + rng.choice(_COLOURS),
+    ),
+    (
+        "number",
+        (
+            *("My number is {v}.", "Remember the number {v}.", "Keep the number {v} in mind."),
+            *("My secret number is {v}.", "The number is {v}.", "Please remember {v}."),
+        ),
+        (
+            *("What is my number?", "What's my number?", "Which number did I tell you?"),
+            *("What was the number?", "Tell me my number.", "What number did I tell you?"),
+        ),
+        "I will remember the number {v}.",
+        "Your number is {v}.",
+        lambda rng: str(rng.randint(0, 999)),
+    ),
+)
+
+# category of the evaluation: how to draw one of its items, and its share
+_EVAL: dict[str, tuple[float, Callable[[Generator], Conversation]]] = {
+    "facts": (18, lambda g: g.chat(1, "facts")),
+    "arithmetic": (14, lambda g: g.chat(1, "arithmetic")),
+    "comparison": (5, lambda g: g.chat(1, "comparison")),
+    "small talk": (7, lambda g: g.chat(1, "small talk")),
+    "unknown": (3, lambda g: g.chat(1, "unknown")),
+    "words": (6, lambda g: g.chat(1, "words")),
+    "lists": (6, lambda g: g.chat(1, "lists")),
+    "sorting": (4, lambda g: g.chat(1, "sorting")),
+    "long answers": (3, lambda g: g.chat(1, "long answers")),
+    "format": (12, lambda g: g.formatted()),
+    "multi-turn": (8, lambda g: g.follow_up() if g.rng.random() < 0.7 else g.memory()),
+    "tool calls": (6, lambda g: g.with_tools("tool calls")),
+    "tool results": (3, lambda g: g.with_tools("tool results")),
+    "tools unused": (3, lambda g: g.with_tools("tools unused")),
+    "long context": (2, lambda g: g.long_context()),
+    "plain text": (4, lambda g: g.plain_text()),
+}
+
+
+def eval_items(count: int, seed: int = 0) -> Iterator[Conversation]:
+    """Different held-out conversations in fixed shares of the categories."""
+    generator = Generator("eval", seed)
+    total = sum(share for share, _ in _EVAL.values())
+    for share, draw in _EVAL.values():
+        seen: set[str] = set()
+        wanted, tries = round(count * share / total), 0
+        while len(seen) < wanted and tries < 50 * wanted:
+            tries += 1
+            conversation = draw(generator)
+            shape = repr((conversation.messages, conversation.tools, conversation.prompt))
+            if shape not in seen:
+                seen.add(shape)
+                yield conversation
