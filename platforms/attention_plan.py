@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .interface import AttentionBatch, AttentionSpec
 
-MASK_ELEMENTS = 1 << 21  # largest mask of one sequence: more queries are cut into pieces
-WINDOW_QUERIES = 256  # queries a piece under a window: their keys are few, so should they be
-FOLDED_ROWS = 64  # most queries a KV head that plain products serve best
+SCORES = 1 << 22  # most scores of one group, all heads: in fp32 they should stay in a cache
+PIECE_QUERIES = 64  # fewest queries a piece is cut to: each gathers its keys again
+WINDOW_QUERIES = 256  # most queries a piece under a window: their keys are few, so should they be
+FOLDED_ROWS = 64  # most queries a KV head that plain products serve best in every dtype
 GROUP_BYTES = 8 << 20  # most gathered keys and values of one group: they should stay in a cache
 CALL_TOKENS = 64  # what one more group costs, in gathered tokens
 WASTE = 0.15  # padding worth one call less, as a share of the work
@@ -43,10 +44,10 @@ class Piece(NamedTuple):
     def keys(self) -> int:
         return self.high - self.low
 
-    def plain_causal(self, spec: AttentionSpec) -> bool:
-        """Exactly the lower triangle, by the fused call: no prefix, no window, no softcap."""
+    def is_triangle(self, spec: AttentionSpec) -> bool:
+        """Each query sees exactly the keys up to its own: no prefix, no window."""
         window = spec.sliding_window
-        square = spec.causal and not spec.softcap and self.queries == self.keys
+        square = spec.causal and self.queries == self.keys
         return square and (window is None or window >= self.keys)
 
 
@@ -98,10 +99,10 @@ def cut(spec: AttentionSpec, batch: AttentionBatch) -> list[Piece]:
         start, stop = batch.query_starts[sequence], batch.query_starts[sequence + 1]
         whole = Piece(sequence, start, stop, length - (stop - start), 0, length)
         step = max(1, whole.queries)
+        if folds(spec, step) or not whole.is_triangle(spec):
+            step = min(step, max(PIECE_QUERIES, SCORES // (spec.num_heads * length)))
         if spec.causal and spec.sliding_window is not None:
             step = min(step, WINDOW_QUERIES)
-        if not whole.plain_causal(spec):
-            step = min(step, max(1, MASK_ELEMENTS // length))
         pieces += (_piece(spec, whole, at, min(at + step, stop)) for at in range(start, stop, step))
     return pieces
 
@@ -135,7 +136,7 @@ def _greedy(pieces: Iterable[Piece], spec: AttentionSpec, limit: int) -> Iterabl
         work = useful + piece.queries * piece.keys
         count = len(bundled) + 1
         wasted = count * wide * tall - work
-        fits = count * tall <= limit and count * wide * tall <= MASK_ELEMENTS
+        fits = count * tall <= limit and count * wide * tall * spec.num_heads <= SCORES
         if bundled and not (fits and wasted <= CALL_TOKENS + WASTE * work):
             yield bundled
             bundled, wide, tall, work = [], piece.queries, piece.keys, piece.queries * piece.keys
@@ -154,9 +155,9 @@ def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Gr
     key_at = low + torch.arange(keys, device=device)  # [batch, keys]
     row = start + torch.arange(queries, device=device)  # [batch, queries]
     slots = _slots(spec, batch.block_tables, sequence, torch.minimum(key_at, high - 1))
-    folded = _folds(spec, queries)
+    folded = folds(spec, queries)
     # Padding after a triangle lies outside of it: no mask even where the pieces differ.
-    causal = not folded and all(p.plain_causal(spec) for p in pieces)
+    causal = not folded and all(p.is_triangle(spec) for p in pieces)
     mask = None
     if not causal:
         query_at = torch.minimum(row, stop - 1) - start + position
@@ -185,11 +186,13 @@ def _slots(spec: AttentionSpec, tables: Tensor, sequence: Tensor, at: Tensor) ->
     return (slot.unsqueeze(1) * spec.num_kv_heads + heads.unsqueeze(1)).view(-1)
 
 
-def _folds(spec: AttentionSpec, queries: int) -> bool:
-    """Few queries: two plain products beat the fused call, which is made for many (not in
-    float16, which they would do in fp32). A softcap the fused call cannot do."""
+def folds(spec: AttentionSpec, queries: int) -> bool:
+    """Does a group with so many queries go by two plain products, not by the fused call? In
+    bfloat16 oneDNN's products win at every size; elsewhere for few queries. In float16 they would
+    be done in fp32. A softcap the fused call cannot do."""
     few = queries * (spec.num_heads // spec.num_kv_heads) <= FOLDED_ROWS
-    return bool(spec.softcap) or (few and spec.dtype != torch.float16)
+    fast = spec.dtype == torch.bfloat16 or (few and spec.dtype != torch.float16)
+    return bool(spec.softcap) or fast
 
 
 def _mask(
