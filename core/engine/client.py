@@ -1,4 +1,4 @@
-"""How a front end reaches an engine: the protocol, and the client for an engine in this process."""
+"""How a front end reaches an engine, wherever it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EngineInfo:
     """What an engine says of itself once it is ready.
 
     `kv_dtype` is the cache's element type by name; `kv_tokens` how many tokens fit in it;
-    `description` is for humans (platform, device, chosen ops).
+    `description` is for humans (platform, device, chosen ops) and holds plain JSON values.
     """
 
     model: ModelSpec
@@ -37,13 +37,13 @@ class EngineInfo:
 
 
 class EngineClient(Protocol):
-    """One engine, wherever it runs. `send` may be called from any thread; `poll` from one."""
+    """One engine. `send` and `stop` may be called from any thread, `poll` from one at a time."""
 
     @property
     def info(self) -> EngineInfo: ...
 
     def send(self, message: ToEngine) -> None:
-        """Pass a message on. Raises `EngineDeadError` if the engine has ended."""
+        """Pass a message on; never blocks. Raises `EngineDeadError` if the engine has ended."""
 
     def poll(self, timeout: float | None) -> FromEngine | None:
         """The next message, or None after `timeout` seconds (None waits for ever).
@@ -52,5 +52,9 @@ class EngineClient(Protocol):
         has ended and everything it said before has been returned.
         """
 
+    def stop(self, reason: str = "the engine was closed") -> None:
+        """End the engine: `poll` raises `EngineDeadError(reason)` soon. Blocks for some seconds at
+        most."""
+
     def close(self) -> None:
-        """End the engine and free what it holds. May be called twice."""
+        """Stop, and free everything; no `poll` may be under way. May be called again."""
