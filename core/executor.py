@@ -1,0 +1,132 @@
+"""Who executes step plans: one process, or a group of them behind the same call."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Protocol
+
+from ..platforms.interface import Device, GroupSpec, Platform
+from .config import EngineConfig
+from .distributed.group import open_group
+from .models.loader import load_model
+from .models.registry import decoder_spec
+from .models.step import StepBuffers, make_groups
+from .ops import OpBinder
+from .plan import StepOutput, StepPlan
+from .platform import make_platform
+from .runner.rows import SLACK
+from .runner.runner import Runner
+
+logger = logging.getLogger("trimaran.executor")
+
+
+class StepHandle(Protocol):
+    """A submitted step."""
+
+    def result(self) -> StepOutput:
+        """Block until the step is over. What it raised is the output's `error`."""
+
+    def done(self) -> bool: ...
+
+
+class Executor(Protocol):
+    """Runs plans in the order they are submitted."""
+
+    description: Mapping[str, str]
+
+    def submit(self, plan: StepPlan) -> StepHandle: ...
+
+    def close(self) -> None:
+        """Free every device byte and process. Idempotent."""
+
+
+class Rank:
+    """One rank of one engine: platform, device, model and runner, built from the configuration."""
+
+    def __init__(self, config: EngineConfig, group: GroupSpec) -> None:
+        platform = make_platform(config.platform.name)
+        self.device: Device = platform.open(
+            _device_index(platform, config, group.rank), config.platform.num_threads
+        )
+        try:
+            self.comm = open_group(platform, self.device, group)
+            self.binder = OpBinder(platform, self.device)
+            self.runner = self._build(config)
+        except BaseException:
+            self.device.close()
+            raise
+        self.description = {**platform.describe(), **_bindings(self.binder)}
+
+    def _build(self, config: EngineConfig) -> Runner:
+        model, scheduler = config.model, config.scheduler
+        spec = decoder_spec(model.hf_config)
+        groups = make_groups(
+            spec, self.binder, config.cache, dtype=model.dtype, ranks=self.comm.size
+        )
+        buffers = StepBuffers(
+            self.device,
+            groups,
+            max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+            max_positions=scheduler.max_model_len + SLACK,
+        )
+        decoder = load_model(
+            model.path,
+            spec,
+            self.binder,
+            buffers,
+            self.comm,
+            dtype=model.dtype,
+            load_format=model.load_format,
+            seed=model.seed,
+        )
+        return Runner(
+            device=self.device,
+            decoder=decoder,
+            buffers=buffers,
+            binder=self.binder,
+            cache=config.cache,
+            scheduler=scheduler,
+            model=model,
+        )
+
+    def close(self) -> None:
+        self.comm.close()
+        self.device.close()
+
+
+def _device_index(platform: Platform, config: EngineConfig, rank: int) -> int:
+    """Ranks take devices in turn, from the configured one on; on a host they share the one."""
+    devices = platform.probe().devices
+    first = config.platform.device
+    return devices[(first + rank) % len(devices)].index if rank and devices else first
+
+
+def _bindings(binder: OpBinder) -> dict[str, str]:
+    """Op → the implementations it is bound to."""
+    chosen: dict[str, dict[str, None]] = {}
+    for binding in binder.report():
+        chosen.setdefault(binding.op, {})[binding.chosen] = None
+    return {f"op {op}": ", ".join(names) for op, names in chosen.items()}
+
+
+class UniExecutor:
+    """Everything in this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._rank: Rank | None = Rank(config, GroupSpec())
+        self.description: Mapping[str, str] = self._rank.description
+
+    @property
+    def device(self) -> Device:
+        assert self._rank is not None, "the executor is closed"
+        return self._rank.device
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        assert self._rank is not None, "the executor is closed"
+        return self._rank.runner.submit(plan)
+
+    def close(self) -> None:
+        if self._rank is not None:
+            self._rank.close()
+            self._rank = None

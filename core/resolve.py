@@ -1,0 +1,352 @@
+"""`resolve(args)`: every default of an engine decided once, with the reasons logged."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..platforms.interface import Capabilities, Platform
+from .config import (
+    CacheConfig,
+    EngineArgs,
+    EngineConfig,
+    ModelSpec,
+    ParallelConfig,
+    PlatformChoice,
+    SchedulerConfig,
+)
+from .errors import ConfigError
+from .model_files import read_generation, read_hf_config, resolve_model_path
+from .models.registry import decoder_spec
+from .models.spec import DecoderSpec
+from .platform import make_platform
+from .sizing import (
+    GroupSize,
+    bytes_for_all,
+    longest_that_fits,
+    make_cache_groups,
+    measure_groups,
+    parse_size,
+    readable,
+)
+
+__all__ = ["resolve", "resolve_model_path"]
+
+logger = logging.getLogger("trimaran.resolve")
+
+HOST_SEQS, DEVICE_SEQS = 64, 256
+HOST_BATCHED_TOKENS, DEVICE_BATCHED_TOKENS = 2048, 8192
+HOST_SHARE = 0.5
+"""Most of a host's free memory that a KV cache takes unasked: others live there too."""
+
+
+def resolve(args: EngineArgs) -> EngineConfig:
+    """The configuration to run with. Raises ConfigError, ModelLoadError, KVMemoryError or
+    PlatformError, each naming what to change."""
+    platform = make_platform(args.platform)
+    config = _Resolution(args, platform).config()
+    adjusted = _review(args, config, platform)
+    return _Resolution(adjusted, platform).config() if adjusted != args else config
+
+
+def _review(args: EngineArgs, config: EngineConfig, platform: Platform) -> EngineArgs:
+    """The platform's findings on the resolved plan, applied to the arguments by us."""
+    for finding in platform.review(flat_plan(args, config)):
+        if finding.kind == "reject":
+            raise ConfigError(
+                f"Platform {platform.name!r} rejects {finding.field}: {finding.reason}",
+                param=finding.field,
+            )
+        if finding.kind == "adjust":
+            logger.info("%s=%s: %s", finding.field, finding.value, finding.reason)
+            args = dataclasses.replace(args, **{finding.field: finding.value})
+        else:
+            logger.info("%s: %s", finding.field, finding.reason)
+    return args
+
+
+def flat_plan(args: EngineArgs, config: EngineConfig) -> dict[str, Any]:
+    """What platforms are asked about: the arguments by name, with resolved values in place."""
+    return dataclasses.asdict(args) | {
+        "dtype": dtype_name(config.model.dtype),
+        "kv_cache_dtype": dtype_name(config.cache.dtype),
+        "max_model_len": config.model.max_model_len,
+        "max_num_seqs": config.scheduler.max_num_seqs,
+        "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
+        "block_size": config.cache.groups[0].block_size,
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Tokens: a sequence at most, and a step."""
+
+    max_model_len: int
+    batched_tokens: int
+    num_seqs: int
+
+
+class _Resolution:
+    """One pass over the arguments; every method decides one thing."""
+
+    def __init__(self, args: EngineArgs, platform: Platform) -> None:
+        self._args = args
+        self._platform = platform
+        self._capabilities: Capabilities = platform.capabilities(args.device)
+        self._path = resolve_model_path(args.model, args.revision)
+        self._hf_config = read_hf_config(self._path, args.hf_overrides)
+        self._spec: DecoderSpec = decoder_spec(self._hf_config)
+        self._ranks = self._check_ranks()
+
+    def config(self) -> EngineConfig:
+        args = self._args
+        dtype = self._dtype()
+        kv_dtype = self._kv_dtype(dtype)
+        lengths = self._lengths(dtype, kv_dtype)
+        cache = self._cache(dtype, kv_dtype, lengths)
+        return EngineConfig(
+            model=self._model(dtype, lengths.max_model_len),
+            cache=cache,
+            scheduler=self._scheduler(lengths),
+            parallel=ParallelConfig(tensor_parallel_size=self._ranks),
+            platform=PlatformChoice(
+                name=self._platform.name, device=args.device, num_threads=args.num_threads
+            ),
+            disable_log_stats=args.disable_log_stats,
+        )
+
+    # -- model ---------------------------------------------------------------------------------
+
+    def _model(self, dtype: torch.dtype, max_model_len: int) -> ModelSpec:
+        args = self._args
+        generation, eos_ids = read_generation(
+            self._path, args.generation_config, args.override_generation_config, self._hf_config
+        )
+        tokenizer = args.tokenizer
+        return ModelSpec(
+            path=self._path,
+            name=args.served_model_name[0] if args.served_model_name else args.model,
+            hf_config=self._hf_config,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            vocab_size=self._spec.vocab_size,
+            tokenizer_path=resolve_model_path(tokenizer, None) if tokenizer else self._path,
+            generation=generation,
+            eos_token_ids=eos_ids,
+            load_format=args.load_format,
+            seed=args.seed,
+            max_logprobs=args.max_logprobs,
+            logprobs_mode=args.logprobs_mode,
+        )
+
+    def _dtype(self) -> torch.dtype:
+        """The asked dtype, or for `auto` the checkpoint's if the platform has it natively."""
+        known, asked = self._capabilities.dtypes, self._args.dtype
+        if asked != "auto":
+            if asked not in known:
+                raise ConfigError(
+                    f"Platform {self._platform.name!r} has no {asked}; it has {', '.join(known)}.",
+                    param="dtype",
+                )
+            if known[asked] != "native":
+                logger.info("dtype=%s is %s on this platform", asked, known[asked])
+            return getattr(torch, asked)
+        config = self._hf_config
+        wanted = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        wanted = wanted.removeprefix("torch.")
+        if known.get(wanted) == "native":
+            return getattr(torch, wanted)
+        fallback = "float32"
+        if wanted != "float32" and known.get("bfloat16") == "native":
+            fallback = "bfloat16"
+        logger.info(
+            "dtype=%s: the checkpoint's %s is %s on platform %s",
+            fallback, wanted, known.get(wanted, "unknown"), self._platform.name,
+        )  # fmt: skip
+        return getattr(torch, fallback)
+
+    def _kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        asked = self._args.kv_cache_dtype
+        name = dtype_name(dtype) if asked == "auto" else asked
+        known = self._capabilities.kv_dtypes
+        if known and name not in known:
+            raise ConfigError(
+                f"Platform {self._platform.name!r} keeps no {name} KV cache; it keeps "
+                f"{', '.join(known)}.",
+                param="kv_cache_dtype",
+            )
+        return getattr(torch, name)
+
+    # -- parallel group ------------------------------------------------------------------------
+
+    def _check_ranks(self) -> int:
+        ranks = self._args.tensor_parallel_size
+        if ranks < 1:
+            raise ConfigError(
+                f"tensor_parallel_size is {ranks}; it must be at least 1.",
+                param="tensor_parallel_size",
+            )
+        self._spec.rank_heads(ranks)
+        devices = len(self._platform.probe().devices)
+        if ranks > max(1, devices) and not self._capabilities.unified_memory:
+            raise ConfigError(
+                f"tensor_parallel_size is {ranks}, but platform {self._platform.name!r} has "
+                f"{devices} devices.",
+                param="tensor_parallel_size",
+            )
+        return ranks
+
+    # -- lengths and limits --------------------------------------------------------------------
+
+    @property
+    def _on_host(self) -> bool:
+        """Does the device share the host's memory, and so must leave some to others?"""
+        return self._capabilities.unified_memory
+
+    def _lengths(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> _Lengths:
+        args = self._args
+        num_seqs = args.max_num_seqs or (HOST_SEQS if self._on_host else DEVICE_SEQS)
+        longest = self._spec.max_positions
+        asked = args.max_model_len
+        if asked is None:
+            length = longest
+        elif asked == "auto":
+            batched = self._batched_tokens(longest, num_seqs)
+            sizes = self._measure(dtype, kv_dtype, batched)
+            length = longest_that_fits(sizes, self._budget(dtype), longest)
+            logger.info("max_model_len=%d of %d: what memory holds", length, longest)
+        else:
+            length = parse_size(asked, "max_model_len")
+            if length > longest:
+                raise ConfigError(
+                    f"max_model_len is {length}, but the model has {longest} positions. Lower it "
+                    "(or change the model's rope scaling by --hf-overrides).",
+                    param="max_model_len",
+                )
+        return _Lengths(length, self._batched_tokens(length, num_seqs), num_seqs)
+
+    def _batched_tokens(self, length: int, num_seqs: int) -> int:
+        args = self._args
+        limits = self._platform.step_limits(dataclasses.asdict(args))
+        tokens = args.max_num_batched_tokens
+        if tokens is None:
+            tokens = HOST_BATCHED_TOKENS if self._on_host else DEVICE_BATCHED_TOKENS
+            if not args.enable_chunked_prefill:
+                tokens = max(tokens, length)
+            tokens = max(tokens, num_seqs)
+        if limits.max_tokens is not None and limits.max_tokens < tokens:
+            logger.info("max_num_batched_tokens=%d: the platform's limit", limits.max_tokens)
+            tokens = limits.max_tokens
+        if tokens < num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {tokens}, but every one of max_num_seqs={num_seqs} "
+                "sequences takes a token of each step. Raise the one or lower the other.",
+                param="max_num_batched_tokens",
+            )
+        if not args.enable_chunked_prefill and tokens < length:
+            raise ConfigError(
+                f"Without chunked prefill a prompt of max_model_len={length} tokens has to fit "
+                f"one step, but max_num_batched_tokens is {tokens}.",
+                param="max_num_batched_tokens",
+            )
+        return tokens
+
+    def _scheduler(self, lengths: _Lengths) -> SchedulerConfig:
+        args = self._args
+        run_ahead = self._capabilities.run_ahead
+        if args.async_scheduling == "off":
+            run_ahead = 0
+        elif args.async_scheduling == "on" and run_ahead == 0:
+            logger.warning(
+                "async_scheduling=on has no effect: launches on platform %s are synchronous",
+                self._platform.name,
+            )
+        return SchedulerConfig(
+            max_model_len=lengths.max_model_len,
+            max_num_seqs=lengths.num_seqs,
+            max_num_batched_tokens=lengths.batched_tokens,
+            policy=args.scheduling_policy,
+            enable_chunked_prefill=args.enable_chunked_prefill,
+            long_prefill_token_threshold=args.long_prefill_token_threshold,
+            max_num_queued_reqs=args.max_num_queued_reqs,
+            max_num_queued_tokens=args.max_num_queued_tokens,
+            run_ahead=run_ahead,
+        )
+
+    # -- KV cache ------------------------------------------------------------------------------
+
+    def _measure(
+        self, dtype: torch.dtype, kv_dtype: torch.dtype, max_chunk: int
+    ) -> list[GroupSize]:
+        return measure_groups(
+            self._platform,
+            self._spec,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            block_size=self._args.block_size,
+            ranks=self._ranks,
+            max_chunk=max_chunk,
+        )
+
+    def _cache(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> CacheConfig:
+        args, length = self._args, lengths.max_model_len
+        sizes = self._measure(dtype, kv_dtype, lengths.batched_tokens)
+        budget = self._budget(dtype)
+        if args.kv_cache_memory_bytes is None:
+            budget = min(budget, bytes_for_all(sizes, length, lengths.num_seqs))
+        groups = make_cache_groups(
+            sizes, budget=budget, length=length, blocks=args.num_gpu_blocks_override
+        )
+        total = sum(g.num_blocks * s.block_bytes for g, s in zip(groups, sizes, strict=True))
+        logger.info(
+            "KV cache: %s a rank, %s",
+            readable(total),
+            "; ".join(f"{g.name}: {g.num_blocks} blocks of {g.block_size} tokens" for g in groups),
+        )
+        return CacheConfig(
+            groups=groups, dtype=kv_dtype, enable_prefix_caching=args.enable_prefix_caching
+        )
+
+    def _budget(self, dtype: torch.dtype) -> int:
+        """Bytes one rank's KV cache may take."""
+        args = self._args
+        if args.kv_cache_memory_bytes is not None:
+            return parse_size(args.kv_cache_memory_bytes, "kv_cache_memory_bytes")
+        share = args.gpu_memory_utilization
+        if not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {share}; it must be in (0, 1].",
+                param="gpu_memory_utilization",
+            )
+        device = self._platform.open(args.device, args.num_threads)
+        try:
+            memory = device.memory()
+        finally:
+            device.close()
+        weights = weight_bytes(self._spec, dtype)
+        if self._on_host:
+            return int((memory.free - weights) * min(share, HOST_SHARE)) // self._ranks
+        return int(min(memory.total * share, memory.free) - weights / self._ranks)
+
+
+def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """Bytes of a model's matrices (norms and biases are lost in the rounding)."""
+    hidden = spec.hidden_size
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    layer = hidden * (heads + 3 * spec.intermediate_size)
+    tables = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
+    return (spec.num_layers * layer + tables) * dtype.itemsize
+
+
+def resolve_tokenizer_path(args: EngineArgs) -> Path:
+    """Where the tokenizer lies: its own directory, or the model's."""
+    return resolve_model_path(args.tokenizer or args.model, args.revision)

@@ -1,0 +1,71 @@
+"""One step's batch: staged from the plan on the host, gathered from the rows on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...platforms.interface import AttentionBatch, Device
+from ..models.step import StepBuffers
+from ..plan import StepPlan
+from .rows import RowTable
+
+
+@dataclass(frozen=True, slots=True)
+class StepRows:
+    """The scheduled rows of a step as arrays, int64 `[seqs]` each, in the plan's order; `ends` is
+    where a row's tokens end on the packed axis, `positions` where the next token will stand."""
+
+    rows: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    emits: np.ndarray
+    ends: np.ndarray
+    positions: np.ndarray
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> StepRows:
+        rows, starts, counts = np.array([plan.rows, plan.starts, plan.counts], dtype=np.int64)
+        emits = np.array(plan.emits, dtype=bool)
+        return cls(rows, starts, counts, emits, counts.cumsum(), starts + counts)
+
+
+@dataclass(frozen=True, slots=True)
+class StagedBatch:
+    """What the gather needs. `places`: int64 `[2, tokens]` on the device, each packed token's row
+    and position; `rows`: int64 `[seqs]` there. Lists as `AttentionBatch` has them."""
+
+    places: Tensor
+    rows: Tensor
+    query_starts: list[int]
+    seq_lens: list[int]
+
+    @classmethod
+    def stage(cls, device: Device, step: StepRows) -> StagedBatch:
+        shift = step.starts - (step.ends - step.counts)
+        positions = np.repeat(shift, step.counts) + np.arange(step.ends[-1])
+        places = np.stack([np.repeat(step.rows, step.counts), positions])
+        return cls(
+            places=device.to_device(torch.from_numpy(places)),
+            rows=device.to_device(torch.from_numpy(step.rows)),
+            query_starts=[0, *step.ends.tolist()],
+            seq_lens=step.positions.tolist(),
+        )
+
+    def load(self, table: RowTable, buffers: StepBuffers) -> None:
+        """Fill the step buffers; inside the launch, after the rows' changes."""
+        rows, positions = self.places
+        buffers.begin(self.query_starts[-1])
+        buffers.token_ids.copy_(table.tokens[rows, positions])
+        buffers.positions.copy_(positions.expand_as(buffers.positions))
+        longest = max(self.seq_lens)
+        for group, blocks in zip(buffers.groups, table.blocks, strict=True):
+            size = group.spec.block_size
+            block = blocks[rows, positions.div(size, rounding_mode="floor")]
+            group.slots.copy_(block.long().mul_(size).add_(positions % size))
+            used = blocks[:, : -(-longest // size)].index_select(0, self.rows)
+            batch = AttentionBatch(self.query_starts, self.seq_lens, used, group.slots)
+            group.metadata = group.impl.plan(group.spec, batch)

@@ -1,0 +1,184 @@
+"""The runner: executes step plans on one device.
+
+Everything that touches device state happens inside one launch a step, in the plan's order: row
+changes, scrubs, copies, forward, heads. What the launch needs of the plan was copied to the device
+or captured before `submit` returns, so the host may plan the next step meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...platforms.interface import Device, Event, KVRegion
+from ..config import CacheConfig, ModelSpec, SchedulerConfig
+from ..models.decoder import Decoder
+from ..models.step import StepBuffers
+from ..ops import OpBinder
+from ..plan import BlockCopy, BlockRef, StepOutput, StepPlan
+from ..sampler.sampler import Sampler
+from .batch import StagedBatch, StepRows
+from .heads import BeamHead, OutputHead, PromptLogprobsHead, StagedHead, TokenHead
+from .rows import RowTable, Work
+
+logger = logging.getLogger("trimaran.runner")
+
+
+class Runner:
+    """Owns the rows, the KV cache and the heads of one rank of one model."""
+
+    def __init__(
+        self,
+        *,
+        device: Device,
+        decoder: Decoder,
+        buffers: StepBuffers,
+        binder: OpBinder,
+        cache: CacheConfig,
+        scheduler: SchedulerConfig,
+        model: ModelSpec,
+    ) -> None:
+        vocab = decoder.spec.vocab_size
+        num_rows = scheduler.max_num_seqs
+        sizes = [group.block_size for group in cache.groups]
+        self._device = device
+        self._decoder = decoder
+        self._buffers = buffers
+        self._rows = RowTable(device, num_rows, scheduler.max_model_len, sizes)
+        self._regions = self._alloc_kv(cache)
+        self._gather = binder.bind("gather_rows", model.dtype, size=decoder.spec.hidden_size)
+        tokens = self._rows.tokens
+        argmax = binder.bind("sample", torch.float32, vocab=vocab)
+        sampler = Sampler(device, tokens, vocab, logprobs_mode=model.logprobs_mode, argmax=argmax)
+        self._heads: tuple[OutputHead, ...] = (
+            PromptLogprobsHead(device, tokens, vocab),
+            TokenHead(device, tokens, sampler),
+            BeamHead(device, num_rows, vocab),
+        )
+
+    def _alloc_kv(self, cache: CacheConfig) -> list[list[KVRegion]]:
+        """Allocate the caches of this rank's layers; returns each group's regions."""
+        layer_kvs = {}
+        regions: list[list[KVRegion]] = []
+        mine = range(*self._decoder.layer_range)
+        for group, config in zip(self._buffers.groups, cache.groups, strict=True):
+            layers = [layer for layer in group.layers if layer in mine]
+            for layer in layers:
+                layer_kvs[layer] = group.impl.alloc(self._device, group.spec, config.num_blocks)
+            regions.append([region for layer in layers for region in layer_kvs[layer].regions])
+        self._decoder.bind_kv(layer_kvs)
+        return regions
+
+    def submit(self, plan: StepPlan) -> RunnerStep:
+        """Put a step on the device's queue. Plans are run in the order they are submitted."""
+        works = self._stage_changes(plan)
+        batch: StagedBatch | None = None
+        heads: list[StagedHead] = []
+        if plan.rows:
+            step_rows = StepRows.of(plan)
+            batch = StagedBatch.stage(self._device, step_rows)
+            staged = [head.stage(step_rows) for head in self._heads]
+            heads = [head for head in staged if head is not None]
+        step = RunnerStep(plan.step_id, len(plan.rows), heads)
+
+        def work() -> None:
+            try:
+                for part in works:
+                    part()
+                if batch is not None:
+                    self._forward(batch, heads)
+            except Exception as error:  # the step's requests end with it; the engine lives on
+                step.fail(error)
+
+        step.event = self._device.launch(work)
+        return step
+
+    def _stage_changes(self, plan: StepPlan) -> list[Work]:
+        """The host's half of the plan's deltas, and the works that are the device's half."""
+        for row in plan.removed:
+            for head in self._heads:
+                head.remove(row)
+        works = self._rows.stage(plan)
+        for new in plan.added:
+            for head in self._heads:
+                works += head.add(new)
+        if plan.scrubs:
+            works.append(self._scrub(plan.scrubs))
+        if plan.copies:
+            works.append(self._copy(plan.copies))
+        return works
+
+    def _scrub(self, scrubs: Sequence[BlockRef]) -> Work:
+        """Zero blocks, so that whoever gets them next meets no stale NaN."""
+        blocks: dict[int, list[int]] = {}
+        for ref in scrubs:
+            blocks.setdefault(ref.group, []).append(ref.block)
+        staged = [
+            (self._regions[group], self._device.to_device(torch.tensor(ids)))
+            for group, ids in blocks.items()
+        ]
+
+        def work() -> None:
+            for regions, ids in staged:
+                for region in regions:
+                    region.tensor.index_fill_(0, ids, 0)
+
+        return work
+
+    def _copy(self, copies: Sequence[BlockCopy]) -> Work:
+        pairs: dict[int, list[tuple[int, int]]] = {}
+        for copy in copies:
+            pairs.setdefault(copy.group, []).append((copy.source, copy.target))
+
+        def work() -> None:
+            for group, moved in pairs.items():
+                self._device.move_blocks(self._regions[group], moved)
+
+        return work
+
+    def _forward(self, batch: StagedBatch, heads: Sequence[StagedHead]) -> None:
+        batch.load(self._rows, self._buffers)
+        hidden = self._decoder.forward()
+
+        def logits_of(indices: Tensor) -> Tensor:
+            return self._decoder.logits(self._gather(hidden, indices))
+
+        for head in heads:
+            head.run(logits_of)
+
+
+class RunnerStep:
+    """A submitted step; `result` may be read once."""
+
+    def __init__(self, step_id: int, num_rows: int, heads: Sequence[StagedHead]) -> None:
+        self.event: Event | None = None
+        self._step_id = step_id
+        self._num_rows = num_rows
+        self._heads = heads
+        self._error: str | None = None
+
+    def fail(self, error: Exception) -> None:
+        """Keep the message only: the traceback's frames would hold the step's tensors."""
+        logger.error("step %d failed", self._step_id, exc_info=error)
+        self._error = f"{type(error).__name__}: {error}"
+
+    def done(self) -> bool:
+        return self.event is not None and self.event.done()
+
+    def result(self) -> StepOutput:
+        """Wait for the step. An error becomes the output's `error`, never an exception."""
+        assert self.event is not None
+        try:
+            self.event.wait()
+        except Exception as error:
+            self.fail(error)
+        output = StepOutput(self._step_id, [[] for _ in range(self._num_rows)])
+        if self._error is not None:
+            output.error = self._error
+            return output
+        for head in self._heads:
+            head.collect(output)
+        return output

@@ -1,0 +1,168 @@
+"""How large the KV cache is: bytes a token, blocks a group, what fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..platforms.interface import KVConstraints, Platform
+from .config import CacheGroupConfig
+from .errors import ConfigError, KVMemoryError
+from .models.spec import DecoderSpec, LayerGroup
+from .ops import OpBinder
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def parse_size(text: str | int, param: str) -> int:
+    """`16384`, `16k` (16,000), `16K` (16,384), `1.5m`, `2G` → a positive integer."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgKMG]?)(?:i?[bB])?\s*", str(text))
+    value = int(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
+    if match and "." not in match[1]:
+        value = int(match[1]) * _SUFFIXES[match[2]]
+    if value <= 0:
+        raise ConfigError(
+            f"{param} is {text!r}: a positive number is wanted, with k, m, g (1000s) or K, M, G "
+            "(1024s) behind it if you like.",
+            param=param,
+        )
+    return value
+
+
+def readable(size: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSize:
+    """One cache group's figures on one rank. `block_bytes`: of one block in all its layers."""
+
+    group: LayerGroup
+    block_size: int
+    block_bytes: int
+    max_chunk: int
+
+    def blocks_for(self, length: int) -> int:
+        """Blocks that one sequence of `length` tokens holds at most. Under a window those are the
+        window, the tokens of a step, and a block that both ends share."""
+        window = self.group.sliding_window
+        if window is not None:
+            length = min(length, window - 1 + self.max_chunk + self.block_size)
+        return -(-length // self.block_size)
+
+
+def measure_groups(
+    platform: Platform,
+    spec: DecoderSpec,
+    *,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    block_size: int | None,
+    ranks: int,
+    max_chunk: int,
+) -> list[GroupSize]:
+    """Each cache group with its block size (the platform's choice where None) and bytes."""
+    binder = OpBinder(platform)
+    sizes = []
+    for group in spec.cache_groups():
+
+        def attention_spec(tokens: int, group: LayerGroup = group):  # type: ignore[no-untyped-def]
+            return spec.attention_spec(
+                group, dtype=dtype, kv_dtype=kv_dtype, block_size=tokens, ranks=ranks
+            )
+
+        constraints = platform.kv_constraints(attention_spec(block_size or 1))
+        chosen = _block_size(block_size, constraints, platform.name)
+        attention = attention_spec(chosen)
+        layer_bytes = binder.attention(attention).block_bytes(attention)
+        sizes.append(GroupSize(group, chosen, layer_bytes * len(group.layers), max_chunk))
+    return sizes
+
+
+def _block_size(asked: int | None, constraints: KVConstraints, platform: str) -> int:
+    multiple = constraints.block_multiple
+    if asked is None:
+        return constraints.preferred_block_size
+    if asked <= 0 or asked % multiple:
+        raise ConfigError(
+            f"block_size is {asked}; on platform {platform!r} it must be a positive multiple of "
+            f"{multiple}.",
+            param="block_size",
+        )
+    return asked
+
+
+def sequence_bytes(sizes: Sequence[GroupSize], length: int) -> int:
+    """Bytes of the blocks that one sequence of `length` tokens holds at most."""
+    return sum(size.blocks_for(length) * size.block_bytes for size in sizes)
+
+
+def _scratch_bytes(sizes: Sequence[GroupSize]) -> int:
+    return sum(size.block_bytes for size in sizes)
+
+
+def longest_that_fits(sizes: Sequence[GroupSize], budget: int, limit: int) -> int:
+    """The longest sequence, at most `limit` tokens, whose blocks fit `budget` bytes; at least 1."""
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if sequence_bytes(sizes, middle) + _scratch_bytes(sizes) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def bytes_for_all(sizes: Sequence[GroupSize], length: int, sequences: int) -> int:
+    """What `sequences` sequences of `length` tokens can use at most."""
+    return sequences * sequence_bytes(sizes, length) + _scratch_bytes(sizes)
+
+
+def make_cache_groups(
+    sizes: Sequence[GroupSize], *, budget: int, length: int, blocks: int | None
+) -> tuple[CacheGroupConfig, ...]:
+    """Split `budget` bytes over the groups in the proportion in which sequences of `length` use
+    them (or give each group exactly `blocks`). KVMemoryError if one such sequence does not fit."""
+    share = (budget - _scratch_bytes(sizes)) / sequence_bytes(sizes, length)
+    groups = []
+    for size in sizes:
+        needed = size.blocks_for(length)
+        count = blocks if blocks is not None else int(share * needed) + 1
+        if count < needed + 1:
+            raise KVMemoryError(_does_not_fit(sizes, size, length, budget, blocks))
+        groups.append(
+            CacheGroupConfig(
+                name=size.group.name,
+                layers=size.group.layers,
+                block_size=size.block_size,
+                num_blocks=count,
+                sliding_window=size.group.sliding_window,
+            )
+        )
+    return tuple(groups)
+
+
+def _does_not_fit(
+    sizes: Sequence[GroupSize], size: GroupSize, length: int, budget: int, blocks: int | None
+) -> str:
+    if blocks is not None:
+        return (
+            f"{blocks} KV blocks (one of them scratch) cannot hold one sequence of {length} tokens"
+            f" in group {size.group.name!r}: {size.blocks_for(length) + 1} of {size.block_size} "
+            "tokens are needed. Raise --num-gpu-blocks-override or lower --max-model-len."
+        )
+    needed = sequence_bytes(sizes, length) + _scratch_bytes(sizes)
+    fits = longest_that_fits(sizes, budget, length)
+    return (
+        f"The KV cache of one sequence of {length} tokens needs {readable(needed)}, but "
+        f"{readable(max(0, budget))} are available. Lower --max-model-len (about {fits} tokens "
+        f"fit), or raise --kv-cache-memory-bytes to at least {needed}."
+    )
