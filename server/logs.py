@@ -71,9 +71,9 @@ def _short(name: str) -> str:
 class DroppingHandler(logging.Handler):
     """Writes lines from a thread of its own; `dropped` counts those that were lost."""
 
-    def __init__(self, stream: TextIO, capacity: int = QUEUE_LINES) -> None:
+    def __init__(self, stream: TextIO | None, capacity: int = QUEUE_LINES) -> None:
         super().__init__()
-        self.stream = stream
+        self.stream = stream  # None where the process was started with it closed
         self.dropped = 0
         self._lines: queue.Queue[str | None] = queue.Queue(capacity)
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
@@ -92,19 +92,20 @@ class DroppingHandler(logging.Handler):
         except queue.Full:
             self.dropped += 1
 
-    def close(self) -> None:
-        """Writes what is queued, for at most a second: the stream may be stuck."""
+    def finish(self, seconds: float = 1.0) -> bool:
+        """Writes what is queued and ends the thread; False if the stream is stuck."""
         try:
-            self._lines.put_nowait(None)
+            self._lines.put(None, timeout=seconds / 2)
         except queue.Full:
-            self.dropped += 1
-        else:
-            self._thread.join(timeout=1.0)
-        super().close()
+            return False
+        self._thread.join(timeout=seconds)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while (line := self._lines.get()) is not None:
             try:
+                if self.stream is None:
+                    raise ValueError("closed")
                 self.stream.write(line + "\n")
                 if self._lines.empty():
                     self.stream.flush()

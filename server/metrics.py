@@ -53,6 +53,7 @@ class EngineCollector(Collector):
 
     def __init__(self, router: EngineRouter) -> None:
         self.router = router
+        self.dropped_lines: Callable[[], int] = lambda: 0
 
     def collect(self) -> Iterable[Metric]:
         rows = [((model.name, str(model.index)), _stats_of(model)) for model in self.router]
@@ -67,6 +68,8 @@ class EngineCollector(Collector):
                 counter.add_metric(labels, read(stats))
             yield counter
         yield self._cache_info(rows)
+        dropped = self.dropped_lines()
+        yield CounterMetricFamily(PREFIX + "log_lines_dropped", "Lost log lines.", value=dropped)
 
     def _cache_info(self, rows: list[tuple[tuple[str, str], EngineStats]]) -> Metric:
         info = GaugeMetricFamily(
@@ -82,7 +85,8 @@ class Metrics:
 
     def __init__(self, router: EngineRouter) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(router))
+        self.collector = EngineCollector(router)
+        self.registry.register(self.collector)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens.")
         self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Of these, from cache.")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
@@ -100,9 +104,6 @@ class Metrics:
         self.inference = self._histogram("request_inference_time_seconds", _LONG)
         self.request_prompt = self._histogram("request_prompt_tokens", _TOKENS)
         self.request_generation = self._histogram("request_generation_tokens", _TOKENS)
-        self.log_dropped = Counter(
-            PREFIX + "log_lines_dropped", "Log lines that were lost.", registry=self.registry
-        )
 
     def _counter(self, name: str, help: str, *extra: str) -> Counter:
         return Counter(PREFIX + name, help, (*LABELS, *extra), registry=self.registry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -15,6 +16,8 @@ from ..errors import DeadlineError
 from ..metrics import RequestTimer
 from ..router import ServedModel
 from ..state import ServerState
+
+logger = logging.getLogger(__name__)
 
 # How long a stream's headers wait for the first output: an error that comes before (a full
 # queue, a refused value) is an HTTP status then, and not an event of a stream.
@@ -200,6 +203,7 @@ class RequestStreams:
             if not self._streamed:
                 timer.tokens = count
                 self.num_generated += count
+            self._hide_errors(output)
             reasons = [one.finish_reason or "" for one in output.outputs if one.finish_reason]
             timer.on_end(output.metrics, len(self.streams[index].prompt_token_ids), reasons)
             if self._expired and FinishReason.ABORT in reasons:
@@ -208,6 +212,14 @@ class RequestStreams:
                     f"{self.options.timeout_ms}."
                 )
         return item
+
+    def _hide_errors(self, output: RequestOutput) -> None:
+        """A failed sequence brings the engine's reason along: for the log, not for clients."""
+        for sequence in output.outputs:
+            if sequence.finish_reason == FinishReason.ERROR:
+                extra = {"request_id": output.request_id}
+                logger.error("a sequence failed: %s", sequence.stop_reason, extra=extra)
+                sequence.stop_reason = None
 
     def _expire(self) -> None:
         self._expired = True

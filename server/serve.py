@@ -1,0 +1,223 @@
+"""`trimaran serve`: one HTTP server and its engine, from the start to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from .. import __version__
+from ..core.args import EngineArgs, ServerArgs
+from ..core.async_engine import AsyncEngine
+from ..core.env import read_environment
+from ..core.errors import ConfigError, TrimaranError
+from ..core.text.templates import ChatTemplate
+from . import logs
+from .app import create_app
+from .guards.auth import KeyRing
+from .guards.hosts import is_loopback
+from .http_protocol import protocol_class
+from .listen import base_url
+from .router import EngineRouter, ServedModel
+from .supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+# After the drain, streams that were cut short get this long to pass on their error event.
+FAREWELL_SECONDS = 1.0
+CLOSE_SECONDS = 3.0
+KILLED = 143  # what a shell reports for SIGTERM
+
+
+class HTTPServer(uvicorn.Server):
+    """uvicorn, leaving signals to whoever runs it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Service:
+    """The server, its engine and their life. `run` returns the exit status."""
+
+    def __init__(
+        self, engine_args: EngineArgs, args: ServerArgs, sock: socket.socket, keys: KeyRing
+    ) -> None:
+        self.args = args
+        self.sock = sock
+        self.started = time.monotonic()
+        self.engine = AsyncEngine.from_args(engine_args, in_process=args.in_process_engine)
+        self.model = ServedModel(self.engine, engine_args)
+        app, self.state = create_app(EngineRouter(self.model), args, keys=keys)
+        config = uvicorn.Config(
+            app,
+            http=protocol_class(args.max_header_bytes),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            root_path=args.root_path,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(FAREWELL_SECONDS) + 1,
+        )
+        self.http = HTTPServer(config)
+        self.stop = asyncio.Event()
+        self.supervisor = Supervisor(
+            self.model, self.state, args.engine_restarts, self._apply_template
+        )
+        self._signals = 0
+
+    async def run(self, out: logs.DroppingHandler) -> int:
+        """Serves until a signal comes or the engine is gone for good."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        http = asyncio.ensure_future(self.http.serve(sockets=[self.sock]))
+        try:
+            if not await self._load():
+                return 0
+            out.put(self._ready_line())
+            gc.freeze()  # what is loaded stays; collections need not walk through it
+            return await self._watch(http)
+        finally:
+            await self._shut_down(http)
+
+    def _on_signal(self) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            os._exit(KILLED)  # asked twice: children notice by themselves
+        logger.info("shutting down; a second signal ends the process at once")
+        self.state.draining = True
+        self.stop.set()
+
+    async def _load(self) -> bool:
+        """Starts the engine; False if a signal came first. Raises what the engine raised."""
+        start = asyncio.ensure_future(self.engine.start())
+        stop = asyncio.ensure_future(self.stop.wait())
+        try:
+            await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not start.done():
+                return False
+            start.result()
+        finally:
+            start.cancel()
+            stop.cancel()
+            await asyncio.wait({start}, timeout=CLOSE_SECONDS)
+        self._apply_template()
+        self.model.mark_ready()
+        return True
+
+    def _apply_template(self) -> None:
+        """Puts the operator's chat template in the place of the model's own."""
+        if self.args.chat_template is not None:
+            tokens = self.engine.tokenizer.special_tokens
+            self.engine.chat_template = ChatTemplate.from_path(self.args.chat_template, tokens)
+
+    def _ready_line(self) -> str:
+        seconds = time.monotonic() - self.started
+        url = base_url(self.sock, self.args)
+        return (
+            f"Trimaran {__version__} serves {', '.join(self.model.names)} at {url} "
+            f"(ready in {seconds:.1f} s)"
+        )
+
+    async def _watch(self, http: asyncio.Task[None]) -> int:
+        """Until the stop signal, or until engine or HTTP server cannot go on."""
+        watch = asyncio.ensure_future(self.supervisor.run())
+        stop = asyncio.ensure_future(self.stop.wait())
+        await asyncio.wait({watch, stop, http}, return_when=asyncio.FIRST_COMPLETED)
+        watch.cancel()
+        stop.cancel()
+        if self.stop.is_set():
+            await self._drain()
+            return 0
+        self.state.draining = True
+        await asyncio.sleep(FAREWELL_SECONDS / 2)
+        return 1
+
+    async def _drain(self) -> None:
+        """Waits until nothing is in flight, at most `--shutdown-timeout`."""
+        deadline = time.monotonic() + self.args.shutdown_timeout
+        while self.state.num_in_flight and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        if self.state.num_in_flight:
+            logger.warning("%d requests are cut short", self.state.num_in_flight)
+
+    async def _shut_down(self, http: asyncio.Task[None]) -> None:
+        self.state.draining = True
+        closing = asyncio.ensure_future(self.engine.close())
+        await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+        if closing.done() and (error := closing.exception()):
+            logger.error("the engine did not close cleanly: %s", error)
+        self.http.should_exit = True
+        await asyncio.wait({http}, timeout=FAREWELL_SECONDS + CLOSE_SECONDS)
+        if self.args.uds:
+            Path(self.args.uds).unlink(missing_ok=True)
+
+
+def read_keys(args: ServerArgs) -> KeyRing:
+    """Keys of the flags, the file and the environment."""
+    keys = [*args.api_key, *read_environment().api_keys]
+    if args.api_key_file is not None:
+        try:
+            lines = Path(args.api_key_file).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {args.api_key_file}: {error}.") from None
+        found = [line.strip() for line in lines if line.strip() and line[0] != "#"]
+        if not found:
+            raise ConfigError(f"--api-key-file {args.api_key_file} holds no key.")
+        keys += found
+    if any(not key.strip() for key in keys):
+        raise ConfigError("--api-key: a key is empty.")
+    return KeyRing(keys)
+
+
+def serve(engine_args: EngineArgs, args: ServerArgs, sock: socket.socket) -> int:
+    """Runs the server on a socket that listens already; returns the exit status."""
+    log = logs.configure(read_environment().log_level or args.log_level, args.log_format)
+    out = logs.DroppingHandler(sys.stdout)
+    try:
+        status = _serve(engine_args, args, sock, log, out)
+    except TrimaranError as error:
+        log.put(f"trimaran: error: {logs.escape(error.message)}")
+        status = 1
+    except Exception:
+        logger.exception("the server failed")
+        status = 1
+    if not all([out.finish(), log.finish()]):
+        # A thread hangs in a write that will never end; the interpreter would wait for it.
+        os._exit(status)
+    return status
+
+
+def _serve(
+    engine_args: EngineArgs,
+    args: ServerArgs,
+    sock: socket.socket,
+    log: logs.DroppingHandler,
+    out: logs.DroppingHandler,
+) -> int:
+    keys = read_keys(args)
+    if not keys and not args.uds and not is_loopback(args.host):
+        logger.warning("no --api-key is set: whoever reaches %s may use this server", args.host)
+
+    async def main() -> int:
+        service = Service(engine_args, args, sock, keys)
+        service.state.metrics.collector.dropped_lines = lambda: log.dropped + out.dropped
+        return await service.run(out)
+
+    factory = uvicorn.Config("", loop="auto").get_loop_factory()
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(main())

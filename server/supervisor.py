@@ -1,0 +1,69 @@
+"""Watches an engine, and starts it again when it has died."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ..core.errors import EngineDeadError, TrimaranError
+from .router import ServedModel
+from .state import ServerState
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+WINDOW_SECONDS = 600.0
+FIRST_PAUSE = 0.5
+LONGEST_PAUSE = 10.0
+
+
+class Supervisor:
+    """At most `limit` restarts in `WINDOW_SECONDS`, each after a longer pause than the last."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        state: ServerState,
+        limit: int,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_start` is called after each restart, as whoever started it first has done."""
+        self.model = model
+        self.on_start = on_start
+        self.state = state
+        self.limit = limit
+        self._restarts: deque[float] = deque()
+
+    async def run(self) -> None:
+        """Returns once the engine is dead and may not be started again."""
+        while True:
+            try:
+                self.model.engine.health()
+            except EngineDeadError as error:
+                logger.error("the engine died: %s", error)
+                if not await self._restart():
+                    return
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _restart(self) -> bool:
+        while True:
+            now = time.monotonic()
+            while self._restarts and now - self._restarts[0] > WINDOW_SECONDS:
+                self._restarts.popleft()
+            if len(self._restarts) >= self.limit:
+                logger.error("the engine died %d times; giving up", len(self._restarts) + 1)
+                return False
+            await asyncio.sleep(min(FIRST_PAUSE * 2 ** len(self._restarts), LONGEST_PAUSE))
+            self._restarts.append(now)
+            self.state.metrics.restarts.labels(self.model.name, str(self.model.index)).inc()
+            try:
+                await self.model.engine.restart()
+                self.on_start()
+            except TrimaranError as error:
+                logger.error("the engine did not start again: %s", error)
+                continue
+            logger.info("the engine runs again")
+            return True
