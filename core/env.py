@@ -41,3 +41,8 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
         hub_offline=values.get("HF_HUB_OFFLINE", "").strip().lower() in TRUE_WORDS,
         hub_home=values.get("HF_HOME") or None,
     )
+
+
+def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment with `changes`, for a process that it starts."""
+    return {**os.environ, **changes}

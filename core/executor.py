@@ -9,6 +9,8 @@ from typing import Protocol
 from ..platforms.interface import Device, GroupSpec, Platform
 from .config import EngineConfig
 from .distributed.group import open_group
+from .errors import ConfigError
+from .models.decoder import Decoder
 from .models.loader import load_model
 from .models.registry import decoder_spec
 from .models.step import StepBuffers, make_groups
@@ -70,7 +72,7 @@ class Rank:
             max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
             max_positions=scheduler.max_model_len + SLACK,
         )
-        decoder = load_model(
+        decoder = self.decoder = load_model(
             model.path,
             spec,
             self.binder,
@@ -118,6 +120,11 @@ class UniExecutor:
         self.description: Mapping[str, str] = self._rank.description
 
     @property
+    def model(self) -> Decoder:
+        assert self._rank is not None, "the executor is closed"
+        return self._rank.decoder
+
+    @property
     def device(self) -> Device:
         assert self._rank is not None, "the executor is closed"
         return self._rank.device
@@ -130,3 +137,17 @@ class UniExecutor:
         if self._rank is not None:
             self._rank.close()
             self._rank = None
+
+
+def open_executor(config: EngineConfig) -> Executor:
+    """The executor that the configuration asks for."""
+    if config.parallel.tensor_parallel_size == 1:
+        return UniExecutor(config)
+    try:
+        from .executor_group import GroupExecutor  # lazy: msgspec belongs to the server extra
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"tensor_parallel_size > 1 needs {error.name}: pip install 'trimaran[server]'.",
+            param="tensor_parallel_size",
+        ) from None
+    return GroupExecutor(config)

@@ -119,7 +119,7 @@ class _Resolution:
             scheduler=self._scheduler(lengths),
             parallel=ParallelConfig(tensor_parallel_size=self._ranks),
             platform=PlatformChoice(
-                name=self._platform.name, device=args.device, num_threads=args.num_threads
+                name=self._platform.name, device=args.device, num_threads=self._threads()
             ),
             disable_log_stats=args.disable_log_stats,
         )
@@ -204,6 +204,14 @@ class _Resolution:
                 param="tensor_parallel_size",
             )
         return ranks
+
+    def _threads(self) -> int | None:
+        """Threads of each rank: as asked, or what the platform would give a worker process."""
+        if self._args.num_threads is not None or self._ranks == 1:
+            return self._args.num_threads
+        plan = {"tensor_parallel_size": self._ranks, "num_threads": None}
+        threads = self._platform.process_env(0, plan).get("OMP_NUM_THREADS", "")
+        return int(threads) if threads.isdigit() else None
 
     # -- lengths and limits --------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..platforms.interface import KVConstraints, Platform
+from ..platforms.interface import AttentionSpec, KVConstraints, Platform
 from .config import CacheGroupConfig
 from .errors import ConfigError, KVMemoryError
 from .models.spec import DecoderSpec, LayerGroup
@@ -74,7 +74,7 @@ def measure_groups(
     sizes = []
     for group in spec.cache_groups():
 
-        def attention_spec(tokens: int, group: LayerGroup = group):  # type: ignore[no-untyped-def]
+        def attention_spec(tokens: int, group: LayerGroup = group) -> AttentionSpec:
             return spec.attention_spec(
                 group, dtype=dtype, kv_dtype=kv_dtype, block_size=tokens, ranks=ranks
             )

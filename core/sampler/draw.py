@@ -38,7 +38,8 @@ class DrawParams(NamedTuple):
     key: NoiseKey
 
     def select(self, rows: Tensor) -> DrawParams:
-        return DrawParams(*(part[rows] for part in self[:4]), self.key.rows(rows))
+        temperature, top_k, top_p, min_p, key = self
+        return DrawParams(temperature[rows], top_k[rows], top_p[rows], min_p[rows], key.rows(rows))
 
     @property
     def filtered(self) -> Tensor:

@@ -1,0 +1,265 @@
+"""The executor of a tensor-parallel group: the first rank here, the others as child processes.
+
+Each plan goes to every rank as one frame; the ranks meet in the collectives of the forward and
+draw the same tokens, so only errors come back. A rank that dies, or fails where the first one does
+not, would leave the group waiting in a collective: then all of it is ended, and its reason raised.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+
+from ..platforms.interface import GroupSpec
+from .config import EngineConfig
+from .env import child_environment
+from .errors import EngineDeadError
+from .executor import Rank, StepHandle
+from .plan import StepOutput, StepPlan
+from .platform import make_platform
+from .rank_link import Boot, Link, LinkClosed, Report
+
+logger = logging.getLogger("trimaran.executor")
+
+GRACE = 1.0
+"""Seconds between one rank's failure and the end of a group that has not settled it itself."""
+
+_CLOSE_SECONDS = 5.0
+
+
+class RankProcess:
+    """A child process and what it last reported."""
+
+    def __init__(self, config: EngineConfig, group: GroupSpec) -> None:
+        platform = make_platform(config.platform.name)
+        plan = {
+            "tensor_parallel_size": group.size,
+            "num_threads": config.platform.num_threads,
+        }
+        ours, theirs = socket.socketpair()
+        self.rank = group.rank
+        self.link = Link(ours)
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.worker", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=child_environment(platform.process_env(group.rank, plan)),
+            )
+        self.link.send(Boot(config, group))
+
+    def end(self, seconds: float) -> None:
+        """Close the link, on which a healthy rank ends by itself; kill it after `seconds`."""
+        self.link.close()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+class RankGroup:
+    """The child ranks, watched by one thread each."""
+
+    def __init__(self, config: EngineConfig, size: int) -> None:
+        self._directory = tempfile.mkdtemp(prefix="trimaran-")  # mode 0700
+        self.rendezvous = f"file://{self._directory}/group"
+        self._changed = threading.Condition()
+        self._dead: str | None = None
+        self._closing = False
+        self._ready = 0
+        self._errors: dict[int, dict[int, str | None]] = {}  # step → rank → its error
+        self._settled = -1
+        self._members = [
+            RankProcess(config, GroupSpec(rank, size, self.rendezvous)) for rank in range(1, size)
+        ]
+        for member in self._members:
+            name = f"trimaran-rank-{member.rank}"
+            threading.Thread(target=self._watch, args=(member,), name=name, daemon=True).start()
+
+    # -- what the first rank asks --------------------------------------------------------------
+
+    def send(self, plan: StepPlan) -> None:
+        self.check()
+        frame = self._members[0].link.encode(plan)
+        for member in self._members:
+            try:
+                member.link.send_frame(frame)
+            except LinkClosed:
+                self.wait_for_death()
+
+    @property
+    def process_ids(self) -> list[int]:
+        return [member.process.pid for member in self._members]
+
+    def check(self) -> None:
+        """Raise what a rank died of."""
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+
+    def wait_for_death(self) -> None:
+        """A rank is known to be gone: wait until its watcher says why, and raise that."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._dead is not None, GRACE)
+        self._fail("a rank of the parallel group is gone")
+        self.check()
+
+    def wait_ready(self, build: threading.Thread) -> None:
+        """Until `build`, the first rank's, is over; raises what another rank died of meanwhile.
+        The others need no waiting for: they read their first plan when they are built."""
+        with self._changed:
+            while self._dead is None and build.is_alive():
+                self._changed.wait(0.02)
+        self.check()
+
+    def settle(self, output: StepOutput) -> StepOutput:
+        """The first rank has finished a step. If it failed, so must have all the others in the
+        same way: then the group is still in step, and only that step's requests end."""
+        step = output.step_id
+        with self._changed:
+            if output.error is None:
+                self._settled = max(self._settled, step)
+                for old in [s for s in self._errors if s <= step]:
+                    del self._errors[old]
+                return output
+            self._changed.wait_for(lambda: self._dead is not None or self._all_failed(step), GRACE)
+            agreed = self._dead is None and self._all_failed(step)
+            self._settled = max(self._settled, step)
+            self._errors.pop(step, None)
+        if not agreed:
+            self._fail(f"step {step} failed on some ranks only: {output.error}")
+            self.check()
+        return output
+
+    def _all_failed(self, step: int) -> bool:
+        reports = self._errors.get(step, {})
+        return len(reports) == len(self._members) and None not in reports.values()
+
+    # -- watching ------------------------------------------------------------------------------
+
+    def _watch(self, member: RankProcess) -> None:
+        try:
+            while True:
+                self._take(member, member.link.receive(Report))
+        except LinkClosed:
+            if self._closing:
+                return
+            code = member.process.wait()
+            ended = f"signal {-code}" if code < 0 else f"exit status {code}"
+            self._fail(f"rank {member.rank} of the parallel group ended ({ended})")
+
+    def _take(self, member: RankProcess, report: Report) -> None:
+        if report.state == "failed":
+            self._fail(f"rank {member.rank} of the parallel group cannot start: {report.error}")
+            return
+        with self._changed:
+            if report.state == "ready":
+                self._ready += 1
+            elif report.step_id > self._settled:
+                self._errors.setdefault(report.step_id, {})[member.rank] = report.error
+            self._changed.notify_all()
+        if report.error is not None:
+            self._end_unless_settled(member, report)
+
+    def _end_unless_settled(self, member: RankProcess, report: Report) -> None:
+        """Is the first rank stuck in a collective that this one will never reach?"""
+        deadline = time.monotonic() + GRACE
+        while self._settled < report.step_id and not self._closing:
+            if time.monotonic() > deadline:
+                self._fail(f"rank {member.rank} failed alone in a step: {report.error}")
+                return
+            time.sleep(0.02)
+
+    def _fail(self, reason: str) -> None:
+        """The group cannot go on: end every child, which frees a rank that waits for them."""
+        with self._changed:
+            if self._dead is not None or self._closing:
+                return
+            self._dead = reason
+            self._changed.notify_all()
+        logger.error("%s", reason)
+        for member in self._members:
+            member.process.kill()
+
+    def close(self) -> None:
+        self._closing = True
+        deadline = time.monotonic() + _CLOSE_SECONDS
+        for member in self._members:
+            member.end(max(0.1, deadline - time.monotonic()))
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+
+class _GroupStep:
+    """A step that every rank runs."""
+
+    def __init__(self, group: RankGroup, step: StepHandle) -> None:
+        self._group = group
+        self._step = step
+
+    def done(self) -> bool:
+        return self._step.done()
+
+    def result(self) -> StepOutput:
+        return self._group.settle(self._step.result())
+
+
+class GroupExecutor:
+    """Tensor parallelism over processes of this machine.
+
+    Create it on a thread that lives as long as the executor: the kernel ends the children when
+    the thread that started them ends. Raises EngineDeadError, with the reason, from then on when
+    a rank has died.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        size = config.parallel.tensor_parallel_size
+        self._group = RankGroup(config, size)
+        self._rank: Rank | None = None
+        try:
+            self._rank = self._build(config, GroupSpec(0, size, self._group.rendezvous))
+        except BaseException:
+            self._group.close()
+            raise
+        self.description: Mapping[str, str] = {
+            **self._rank.description,
+            "tensor parallel": f"{size} processes ({os.getpid()}, "
+            f"{', '.join(map(str, self._group.process_ids))})",
+        }
+
+    def _build(self, config: EngineConfig, group: GroupSpec) -> Rank:
+        """Build the first rank beside the others. On a thread of its own, because it waits for
+        them: if one of them fails, that is raised here instead of the end of that wait."""
+        built: list[Rank] = []
+        errors: list[BaseException] = []
+
+        def build() -> None:
+            try:
+                built.append(Rank(config, group))
+            except BaseException as error:  # raised again below
+                errors.append(error)
+
+        thread = threading.Thread(target=build, name="trimaran-rank-0", daemon=True)
+        thread.start()
+        self._group.wait_ready(thread)
+        if errors:
+            raise errors[0]
+        return built[0]
+
+    def submit(self, plan: StepPlan) -> StepHandle:
+        assert self._rank is not None, "the executor is closed"
+        self._group.send(plan)
+        return _GroupStep(self._group, self._rank.runner.submit(plan))
+
+    def close(self) -> None:
+        if self._rank is not None:
+            self._group.close()
+            self._rank.close()
+            self._rank = None
