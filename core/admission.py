@@ -1,0 +1,147 @@
+"""What may enter the scheduler: checks that a request can be served at all, and is not poison."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict
+from itertools import count
+from typing import TYPE_CHECKING
+
+from .errors import ContextLengthError, InvalidRequestError, QueueFullError, StepError
+from .request import Request
+
+if TYPE_CHECKING:
+    from .config import SchedulerConfig
+    from .engine.messages import EngineRequest
+    from .kv.manager import KVManager
+    from .waiting import WaitingQueue
+
+MAX_FAILURES = 2
+"""Failed steps a prompt may have been part of before it is refused."""
+QUARANTINE_SIZE = 1024
+"""Prompts that are remembered as having been part of a failed step."""
+
+
+class Quarantine:
+    """Prompts that were part of failed steps. One that is part of two is refused from then on.
+
+    A prompt is known by its content, since a retry comes under another id; it is cleared when it
+    is served without failure. Nothing is hashed as long as no step has failed.
+    """
+
+    def __init__(self) -> None:
+        self._failures: OrderedDict[bytes, int] = OrderedDict()
+        self.num_quarantined = 0
+
+    def check(self, origin: EngineRequest) -> None:
+        if self._failures and self._failures.get(_content(origin), 0) >= MAX_FAILURES:
+            raise StepError(
+                f"request {origin.request_id!r} is quarantined: the forward failed "
+                f"{MAX_FAILURES} times with this prompt in the batch; see the server's log."
+            )
+
+    def failed(self, origin: EngineRequest) -> None:
+        content = _content(origin)
+        failures = self._failures.pop(content, 0) + 1
+        self._failures[content] = failures
+        self.num_quarantined += failures == MAX_FAILURES
+        if len(self._failures) > QUARANTINE_SIZE:
+            self._failures.popitem(last=False)
+
+    def served(self, origin: EngineRequest) -> None:
+        if self._failures:
+            self._failures.pop(_content(origin), None)
+
+
+def _content(origin: EngineRequest) -> bytes:
+    tokens = origin.prompt.token_ids
+    return hashlib.sha256(origin.cache_root + struct.pack(f"<{len(tokens)}q", *tokens)).digest()
+
+
+class Admission:
+    """Turns an `EngineRequest` into sequences, or says why it is refused."""
+
+    def __init__(self, config: SchedulerConfig, kv: KVManager, queue: WaitingQueue) -> None:
+        self._config = config
+        self._kv = kv
+        self._queue = queue
+        self._arrivals = count()
+        self.quarantine = Quarantine()
+
+    def admit(self, origin: EngineRequest) -> list[Request]:
+        """The sequences of a new request, index 0 first. Raises `InvalidRequestError`,
+        `ContextLengthError`, `QueueFullError` or `StepError`, and then nothing has changed."""
+        if len(origin.prompt) == 0:
+            raise InvalidRequestError(
+                "The prompt is empty: give at least one token.", param="prompt"
+            )
+        self._check_width(origin)
+        self._check_context(origin)
+        self.quarantine.check(origin)
+        self._check_queue(origin)
+        num_children = origin.beam.beam_width if origin.beam else origin.params.n
+        children = [self._child(origin, index) for index in range(num_children)]
+        self._check_pool(children[0])
+        return children
+
+    def _child(self, origin: EngineRequest, index: int) -> Request:
+        # Log-probabilities of the prompt need the prompt computed: then nothing is looked up.
+        reuse = origin.params.prompt_logprobs is None
+        return Request(
+            origin,
+            index,
+            self._kv.sequence(origin.cache_root, reuse=reuse),
+            max_model_len=self._config.max_model_len,
+            arrival_order=next(self._arrivals),
+        )
+
+    def _check_width(self, origin: EngineRequest) -> None:
+        if origin.beam and origin.params.n > 1:
+            raise InvalidRequestError(
+                f"n is {origin.params.n} with beam search: beam_width says how many.", param="n"
+            )
+
+    def _check_context(self, origin: EngineRequest) -> None:
+        num_prompt, limit = len(origin.prompt), self._config.max_model_len
+        if num_prompt >= limit:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt} tokens; this model's context is {limit} tokens, "
+                "and at least one must be left to generate. Shorten the prompt.",
+                param="prompt",
+            )
+        budget = self._config.max_num_batched_tokens
+        if not self._config.enable_chunked_prefill and num_prompt > budget:
+            raise ContextLengthError(
+                f"The prompt has {num_prompt} tokens; a step computes at most {budget} and chunked "
+                "prefill is off. Shorten the prompt, raise --max-num-batched-tokens or use "
+                "--enable-chunked-prefill.",
+                param="prompt",
+            )
+
+    def _check_pool(self, request: Request) -> None:
+        # The last token is sampled, never computed: it needs no place in the cache.
+        num_tokens = request.max_total - 1
+        whole = not self._config.enable_chunked_prefill
+        fits = self._kv.can_ever_hold(num_tokens, 1)
+        if whole:
+            fits = fits and self._kv.can_ever_hold(request.num_prompt, request.num_prompt)
+        if not fits:
+            raise ContextLengthError(
+                f"The request may come to {request.max_total} tokens ({request.num_prompt} of "
+                "prompt), more than the KV cache holds. Shorten it, lower max_tokens, or raise "
+                "--kv-cache-memory-bytes.",
+                param="max_tokens",
+            )
+
+    def _check_queue(self, origin: EngineRequest) -> None:
+        queue, config = self._queue, self._config
+        requests = queue.num_new + 1 - config.max_num_queued_reqs
+        tokens = queue.num_new_tokens + len(origin.prompt) - config.max_num_queued_tokens
+        if requests > 0 or tokens > 0:
+            raise QueueFullError(
+                f"The queue is full: {queue.num_new} requests with {queue.num_new_tokens} tokens "
+                f"wait (limits {config.max_num_queued_reqs} and {config.max_num_queued_tokens}). "
+                "Try again later.",
+                retry_after=queue.retry_after(max(0, requests), max(0, tokens)),
+            )

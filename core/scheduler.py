@@ -1,0 +1,482 @@
+"""Continuous batching by one rule: each step lets sequences catch up with their known tokens.
+
+There is no prefill and no decode phase. A sequence has known tokens (prompt, generated, and those
+still in flight) and computed ones; a step computes some of the difference under a token budget.
+Chunked prefill, prefix hits and resumption after a preemption are all that one rule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .admission import Admission
+from .beam import admit_beams
+from .engine.messages import BeamOutput, EngineRequest, EngineStats, SequenceOutput
+from .errors import InvalidRequestError
+from .fork import admit_fork
+from .kv.manager import KVManager
+from .kv.sequence import Hit
+from .plan import BlockAppend, NewRow, StepOutput, StepPlan
+from .policies import choose_policy
+from .request import Request, Status
+from .sequences import Sequences, StepInFlight
+from .types import FinishReason, PositionLogprobs
+
+if TYPE_CHECKING:
+    from .config import CacheConfig, SchedulerConfig
+
+FEATURES = (admit_fork, admit_beams)
+"""Asked in turn whether they take a new request under their control."""
+
+
+class Scheduler:
+    """Plans steps and takes their outputs, in the same order. Not thread-safe.
+
+    A step may be planned while earlier ones are in flight: planning already moves `num_computed`
+    and `num_pending`, an update only confirms. So nothing that depends on a token's value may be
+    decided in `schedule`.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        cache: CacheConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self.kv = KVManager(cache.groups, cache.enable_prefix_caching)
+        key = choose_policy(config.policy)
+        self.sequences = Sequences(self.kv, key, config.max_num_seqs, clock)
+        self.admission = Admission(config, self.kv, self.sequences.queue)
+        self._next_step = 0
+        self._budget = 0
+        self._outputs: list[SequenceOutput] = []
+        self._num_prompt_tokens = 0
+        self._last_step_tokens = 0
+
+    # ---------------------------------------------------------------- requests
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises `InvalidRequestError`, `ContextLengthError`, `QueueFullError` or
+        `StepError` (quarantine); then nothing has changed."""
+        if request.request_id in self.sequences.by_id:
+            raise InvalidRequestError(
+                f"request id {request.request_id!r} is in use.", param="request_id"
+            )
+        children = self.admission.admit(request)
+        self.sequences.add(children)
+        for admit_feature in FEATURES:
+            if admit_feature(self.sequences, children):
+                break
+
+    def abort(self, request_id: str) -> None:
+        """End all sequences of a request, in whatever state they are; unknown ids are ignored.
+
+        The final outputs come with the next `update` or `drain_outputs`.
+        """
+        self._end_request(request_id, FinishReason.ABORT)
+
+    def finish(self, request_id: str, index: int, at_token: int) -> None:
+        """A stop was found outside: keep `at_token` generated tokens, discard and do not bill the
+        rest. Ignored if the sequence has already ended."""
+        for child in self.sequences.by_id.get(request_id, ()):
+            if child.index == index and not child.origin.beam:
+                self.sequences.num_tokens_kept -= child.truncate(at_token)
+                self._end(child, FinishReason.STOP)
+                return
+
+    # ---------------------------------------------------------------- planning
+
+    def schedule(self) -> StepPlan:
+        """Plan the next step. An empty plan needs no execution and no update."""
+        plan = StepPlan(self._next_step)
+        step = StepInFlight(plan)
+        self._budget = self.config.max_num_batched_tokens
+        num_preemptions = self.sequences.num_preemptions
+        self._advance_running(step)
+        if self.sequences.num_preemptions == num_preemptions:
+            self._admit_waiting(step)
+        plan.removed = self.sequences.take_removed_rows()
+        plan.scrubs = self.kv.take_scrubs()
+        if not plan.empty:
+            self._next_step += 1
+            self._last_step_tokens = self.config.max_num_batched_tokens - self._budget
+            self.sequences.in_flight.append(step)
+        return plan
+
+    def _advance_running(self, step: StepInFlight) -> None:
+        """Every running sequence catches up, the first in order first. This is the hot loop: a
+        decoding sequence with room in its last block takes the short way."""
+        plan, scheduled = step.plan, step.requests
+        rows, starts, counts, emits = plan.rows, plan.starts, plan.counts, plan.emits
+        step_id, budget = plan.step_id, self._budget
+        running = self.sequences.running
+        position = 0
+        while position < len(running) and budget > 0:
+            request = running[position]
+            position += 1
+            start = request.num_computed
+            end = known = len(request.tokens) + request.num_pending
+            if known >= request.max_total or known == start:
+                continue  # its last token, or a decision of its controller, is on the way
+            if known - start > 1:
+                end = start + self._chunk(request, known - start, budget)
+                if end == start:
+                    continue
+            if end > request.kv.capacity:
+                end = self._make_room(step, position, start, end)
+                if end == start:
+                    continue
+            rows.append(request.row)  # type: ignore[arg-type]  # running, so it has a row
+            starts.append(start)
+            counts.append(end - start)
+            emits.append(end == known)
+            scheduled.append(request)
+            if end == known:
+                request.num_pending += request.yields
+            request.num_computed = end
+            request.last_step = step_id
+            budget -= end - start
+        self._budget = budget
+
+    def _chunk(self, request: Request, wanted: int, budget: int) -> int:
+        """How many of the wanted tokens this step may compute; 0 if the request has to wait."""
+        config = self.config
+        if config.enable_chunked_prefill:
+            threshold = config.long_prefill_token_threshold
+            return min(wanted, budget, threshold or wanted)
+        if wanted <= budget:
+            return wanted
+        # A prompt is computed whole or waits. What grew past the budget before it was preempted
+        # can only come back in parts.
+        return budget if wanted > config.max_num_batched_tokens else 0
+
+    # ---------------------------------------------------------------- memory
+
+    def _make_room(self, step: StepInFlight, position: int, start: int, end: int) -> int:
+        """Give the running sequence before `position` blocks up to `end`, or as far as they go.
+
+        Those behind it in order, then blocks of sequences that do not run, have to give way.
+        Blocks in flight come back at an update: then the sequence sits out this step rather than
+        drive out one more. Returns the new end; `start` if there is nothing now.
+        """
+        running = self.sequences.running
+        request = running[position - 1]
+        while (room := self.kv.room(request.kv)) <= start:
+            if self.kv.relief_in_flight(request.kv, start + 1):
+                return start
+            if len(running) > position:
+                self.sequences.preempt(running[-1])
+            elif not self.sequences.reclaim():
+                return start
+        end = min(end, room)
+        added = self.kv.grow(request.kv, end)
+        assert added is not None and request.row is not None
+        for group, blocks in enumerate(added):
+            if blocks:
+                step.plan.blocks.append(BlockAppend(request.row, group, blocks))
+        return end
+
+    # ---------------------------------------------------------------- admission
+
+    def _admit_waiting(self, step: StepInFlight) -> None:
+        """Start or resume waiting sequences in strict order: if the first cannot, none does."""
+        sequences = self.sequences
+        while self._budget > 0 and sequences.has_free_row:
+            request = sequences.queue.peek()
+            # Tokens in flight have to be known before the sequence can be resumed.
+            if request is None or sequences.is_in_flight(request):
+                return
+            if not self._admit(step, request):
+                return
+
+    def _admit(self, step: StepInFlight, request: Request) -> bool:
+        hit = None
+        if not request.kv.holds_blocks:
+            hit = self.kv.find_hit(request.kv, request.tokens)
+        start = hit.num_tokens if hit else request.num_computed
+        end = start + self._chunk(request, len(request.tokens) - start, self._budget)
+        end = self._room_for_new(step, request, hit, end)
+        if end <= start:
+            # It may have lost its own forked blocks just now: then it starts over at once.
+            return hit is None and request.num_computed < start and self._admit(step, request)
+        if hit:
+            begun = self.kv.begin(request.kv, hit, end)
+            assert begun
+            self._note_hit(request, hit)
+            request.num_computed = start
+        else:
+            copies = self.kv.unshare(request.kv, end, step.plan.step_id)
+            assert copies is not None
+            step.plan.copies += copies
+        self._place(step, request, start, end)
+        return True
+
+    def _room_for_new(self, step: StepInFlight, request: Request, hit: Hit | None, end: int) -> int:
+        """How far the waiting request can come; 0 if it has to wait.
+
+        Beside others it is admitted only if all its known tokens have room, or it would soon
+        drive somebody out, or be driven out. Alone it may take what there is.
+        """
+        sequences = self.sequences
+        if sequences.running or step.requests or sequences.in_flight:
+            chunk = end - (hit.num_tokens if hit else request.num_computed)
+            known = len(request.tokens)
+            return end if self.kv.fits(request.kv, hit, known, max(1, chunk)) else 0
+        while (room := self.kv.room(request.kv, hit)) < end:
+            if not sequences.reclaim(keep=request):
+                break
+        if room <= (hit.num_tokens if hit else request.num_computed):
+            # Its own forked blocks and their copies do not fit side by side: compute it all.
+            sequences.drop_blocks(request)
+            return 0
+        return min(end, room)
+
+    def _note_hit(self, request: Request, hit: Hit) -> None:
+        if request.is_new:
+            self._num_prompt_tokens += request.num_prompt
+        if request.num_preemptions == 0 and request.last_step < 0:
+            request.num_cached = hit.num_tokens
+            self.kv.prefix_queries += request.num_prompt
+            self.kv.prefix_hits += hit.num_tokens
+
+    def _place(self, step: StepInFlight, request: Request, start: int, end: int) -> None:
+        """The request takes a row and its first tokens of this residence."""
+        plan = step.plan
+        row = self.sequences.run(request)
+        tables = [table[:] for table in request.kv.tables]
+        plan.added.append(
+            NewRow(row, request.tokens[:], request.num_prompt, tables, request.sampling)
+        )
+        emits = end == len(request.tokens)
+        plan.rows.append(row)
+        plan.starts.append(start)
+        plan.counts.append(end - start)
+        plan.emits.append(emits)
+        step.requests.append(request)
+        request.num_pending += request.yields if emits else 0
+        request.num_computed = end
+        request.last_step = plan.step_id
+        self._budget -= end - start
+
+    # ---------------------------------------------------------------- updating
+
+    def update(
+        self, plan: StepPlan, output: StepOutput
+    ) -> tuple[list[SequenceOutput], list[BeamOutput]]:
+        """Take a step's output; plans are updated in the order they were made."""
+        beams: list[BeamOutput] = []
+        if plan.empty:
+            return self.drain_outputs(), beams
+        step = self.sequences.in_flight.popleft()
+        if not plan.step_id == step.plan.step_id == output.step_id:
+            raise RuntimeError(
+                f"step {plan.step_id} (output {output.step_id}) updated out of order: "
+                f"step {step.plan.step_id} is due"
+            )
+        self.sequences.updated_step = plan.step_id
+        if output.error is not None:
+            self._fail_step(step, output.error)
+        elif output.logprobs or output.prompt_logprobs or output.failed:
+            self._take_rows_with_extras(step, output, beams)
+        else:
+            self._take_rows(step, output)
+        self.kv.end_step(plan.step_id)
+        return self.drain_outputs(), beams
+
+    def _take_rows(self, step: StepInFlight, output: StepOutput) -> None:
+        """The hot loop: rows that yielded tokens and nothing else."""
+        plan = step.plan
+        for request, start, count, emits, tokens in zip(
+            step.requests, plan.starts, plan.counts, plan.emits, output.tokens, strict=True
+        ):
+            if request.status is Status.FINISHED:
+                continue  # it ended while this step was in flight: its output is discarded
+            self._settle(step, request, start + count, emits)
+            if emits:
+                self._take_tokens(step, request, tokens)
+
+    def _take_rows_with_extras(
+        self, step: StepInFlight, output: StepOutput, beams: list[BeamOutput]
+    ) -> None:
+        """The same where some rows failed or report log-probabilities."""
+        plan = step.plan
+        for i, request in enumerate(step.requests):
+            if request.status is Status.FINISHED:
+                continue
+            if i in output.failed:
+                self._fail_row(request)
+                continue
+            self._settle(step, request, plan.starts[i] + plan.counts[i], plan.emits[i])
+            logprobs = output.logprobs.get(i)
+            if plan.emits[i] and not request.yields:
+                assert request.controller is not None and logprobs
+                result = request.controller.reported(request, logprobs)
+                beams += [result] if result else []
+                continue
+            prompt_logprobs = self._fresh_prompt_logprobs(
+                request, plan.starts[i], output.prompt_logprobs.get(i)
+            )
+            if plan.emits[i]:
+                tokens = output.tokens[i]
+                self._take_tokens(step, request, tokens, logprobs, prompt_logprobs)
+            elif prompt_logprobs:
+                self._emit(request, [], None, prompt_logprobs)
+
+    def _settle(self, step: StepInFlight, request: Request, end: int, emits: bool) -> None:
+        """The first `end` tokens of the sequence are in the cache, unless it gave up its blocks
+        after the step was planned."""
+        if step.stale and request in step.stale:
+            return
+        if request.controller is not None:
+            # Before the commit: what is forked off may need a block that now leaves the window.
+            request.controller.computed(request, end)
+        if end >= request.kv.next_commit:
+            self.kv.commit(request.kv, request.tokens, end)
+        if emits:
+            request.num_verified = end
+
+    def _take_tokens(
+        self,
+        step: StepInFlight,
+        request: Request,
+        tokens: list[int],
+        logprobs: list[PositionLogprobs] | None = None,
+        prompt_logprobs: list[PositionLogprobs] | None = None,
+    ) -> None:
+        """A row yielded 0 … k tokens. Those behind a stop are discarded."""
+        if request in step.void:
+            return
+        request.num_pending -= request.yields
+        reason, kept = None, 0
+        for token in tokens:
+            reason = request.append(token)
+            kept += 1
+            if reason is not None:
+                break
+        if kept == 0:
+            self._step_back(request)
+        elif kept < len(tokens):
+            tokens = tokens[:kept]
+            logprobs = logprobs and logprobs[:kept]
+        self.sequences.num_tokens_kept += kept
+        final = self._emit(request, tokens, logprobs, prompt_logprobs)
+        if reason is not None:
+            final.finish_reason, final.stop_reason = reason, request.stop_reason
+            self.sequences.end(request, reason)
+            self.admission.quarantine.served(request.origin)
+
+    def _step_back(self, request: Request) -> None:
+        """A row that was to yield did not: its last token is computed again, and what later steps
+        make of the token that never came is void."""
+        if request.status is Status.RUNNING and self.sequences.is_in_flight(request):
+            for later in self.sequences.in_flight:
+                later.void.add(request)
+                later.stale.add(request)
+            request.num_pending = 0
+        request.num_computed = min(request.num_computed, len(request.tokens) - 1)
+
+    def _fresh_prompt_logprobs(
+        self, request: Request, start: int, found: list[PositionLogprobs] | None
+    ) -> list[PositionLogprobs] | None:
+        """Those that were not reported yet: after a preemption the prompt is computed again."""
+        if not found:
+            return None
+        fresh = found[max(0, request.num_prompt_logprobs - start) :]
+        request.num_prompt_logprobs = max(request.num_prompt_logprobs, start + len(found))
+        return fresh or None
+
+    # ---------------------------------------------------------------- ends and outputs
+
+    def _fail_row(self, request: Request) -> None:
+        """NaN logits: the blocks may hold NaN, so they leave the index and are scrubbed."""
+        self.kv.taint(request.kv, request.num_verified)
+        message = "The model's logits were not finite for this sequence; nothing of it is cached."
+        self._end(request, FinishReason.ERROR, message)
+
+    def _fail_step(self, step: StepInFlight, error: str) -> None:
+        """The forward raised: all requests of the step end, and what they wrote is not trusted."""
+        for request in step.requests:
+            self.kv.taint(request.kv, request.num_verified)
+        for request in step.requests:
+            if request.request_id in self.sequences.by_id and not request.finished:
+                self.admission.quarantine.failed(request.origin)
+                self._end_request(request.request_id, FinishReason.ERROR, error)
+
+    def _end_request(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        for child in self.sequences.by_id.get(request_id, [])[:]:
+            if not child.finished:  # the end of one beam is the end of all
+                self._end(child, reason, error)
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
+        self.sequences.end(request, reason)
+        final = self._emit(request, [], None, None)
+        final.finish_reason, final.error = reason, error
+        if request.origin.beam is not None:
+            final.index = 0  # a search has one output
+
+    def _emit(
+        self,
+        request: Request,
+        tokens: list[int],
+        logprobs: list[PositionLogprobs] | None,
+        prompt_logprobs: list[PositionLogprobs] | None,
+    ) -> SequenceOutput:
+        output = SequenceOutput(
+            request.request_id, request.index, tokens, logprobs, prompt_logprobs
+        )
+        output.num_preemptions = request.num_preemptions
+        if not request.reported_cached:
+            request.reported_cached = True
+            output.num_cached = request.num_cached
+        self._outputs.append(output)
+        return output
+
+    def drain_outputs(self) -> list[SequenceOutput]:
+        """Outputs that came up outside an update: of aborted and finished sequences."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # ---------------------------------------------------------------- state
+
+    @property
+    def has_work(self) -> bool:
+        """Anything unfinished or in flight."""
+        return bool(self.sequences.by_id or self.sequences.in_flight)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.sequences.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are neither running nor finished."""
+        return len(self.sequences.queue) + self.sequences.num_blocked
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Always possible: sequences that hold blocks now keep them,
+        and publish nothing more."""
+        return self.kv.reset_prefix_cache()
+
+    def stats(self) -> EngineStats:
+        """Gauges now and counters since start; `generation_tokens` goes back by what `finish`
+        cuts off."""
+        usage = self.kv.usage()
+        return EngineStats(
+            step_id=self._next_step,
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            num_waiting_tokens=self.sequences.queue.num_new_tokens,
+            kv_used=usage.used,
+            kv_total=usage.total,
+            num_preemptions=self.sequences.num_preemptions,
+            prefix_queries=self.kv.prefix_queries,
+            prefix_hits=self.kv.prefix_hits,
+            prompt_tokens=self._num_prompt_tokens,
+            generation_tokens=self.sequences.num_tokens_kept,
+            last_step_tokens=self._last_step_tokens,
+            num_quarantined=self.admission.quarantine.num_quarantined,
+        )
