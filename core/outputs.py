@@ -84,8 +84,8 @@ class OutputProcessor:
         self._add_beams(message.beams, processed)
         for refused in message.rejected:
             if self.discard(refused.request_id):
-                error = revive(refused.kind, refused.message, refused.param, refused.retry_after)
-                processed.failures.append((refused.request_id, error))
+                reason = revive(refused.kind, refused.message, refused.param, refused.retry_after)
+                processed.failures.append((refused.request_id, reason))
         return processed
 
     def _add_beams(self, beams: list[BeamOutput], processed: Processed) -> None:

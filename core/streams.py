@@ -18,7 +18,7 @@ class Mailbox(Generic[Item]):
     more memory than what it has not read. Used by one event loop."""
 
     def __init__(self, merge: Callable[[Item, Item], Item]) -> None:
-        self._merge = merge
+        self._merge: Callable[[Item, Item], Item] = merge
         self._item: Item | None = None
         self._error: Exception | None = None
         self._event = asyncio.Event()

@@ -49,8 +49,9 @@ class Intake:
         self._seeds = random.Random(info.model.seed)
         self._secret = secrets.token_bytes(32)
         eos = list(info.model.eos_token_ids)
-        if tokenizer is not None and tokenizer.eos_token_id not in (None, *eos):
-            eos.append(tokenizer.eos_token_id)
+        own = tokenizer.eos_token_id if tokenizer is not None else None
+        if own is not None and own not in eos:
+            eos.append(own)
         self._eos = eos
         # Bounded, because a salt is the client's to choose; the root of a chain costs two hashes.
         self._root = functools.lru_cache(maxsize=1024)(self._find_root)
@@ -114,10 +115,10 @@ class Intake:
         match prompt:
             case str():
                 return self._of_text(prompt, True)
-            case {"prompt_token_ids": ids}:
-                return Prompt.of_tokens(self._checked_ids(ids), prompt.get("prompt"))
-            case {"prompt": str(text)}:
-                return self._of_text(text, bool(prompt.get("add_special_tokens", True)))
+            case {"prompt_token_ids": ids, **others}:
+                return Prompt.of_tokens(self._checked_ids(ids), others.get("prompt"))
+            case {"prompt": str(text), **others}:
+                return self._of_text(text, bool(others.get("add_special_tokens", True)))
             case Mapping() | bytes():
                 pass
             case _ if isinstance(prompt, Sequence):

@@ -61,7 +61,7 @@ class ZmqInbox:
     def take(self, timeout: float | None) -> list[ToEngine]:
         """Raises `Closed` once the parent's end of the pipe is gone."""
         if timeout != 0.0:
-            self._poller.poll(None if timeout is None else timeout * 1000)
+            self._poller.poll(None if timeout is None else int(timeout * 1000))
         if self._closed:
             raise Closed
         messages = []

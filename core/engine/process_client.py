@@ -102,11 +102,12 @@ class ProcessClient:
     def poll(self, timeout: float | None) -> FromEngine | None:
         dead = self._death
         if dead is None:
-            self._poller.poll(None if timeout is None else timeout * 1000)
+            self._poller.poll(None if timeout is None else int(timeout * 1000))
             dead = self._death
         # What was on its way when the process ended still counts.
         if self._from_engine.poll(50 if dead is not None else 0):
-            return decode(self._from_engine.recv_multipart())  # type: ignore[no-any-return]
+            message: FromEngine = decode(self._from_engine.recv_multipart())
+            return message
         if dead is not None:
             raise dead
         return None

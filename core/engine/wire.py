@@ -27,7 +27,9 @@ KINDS: dict[type, bytes] = {
     StepMessage: b"S",
     UtilityResult: b"R",
 }
-_DECODERS = {kind: msgspec.msgpack.Decoder(cls) for cls, kind in KINDS.items()}
+_DECODERS: dict[bytes, msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(cls) for cls, kind in KINDS.items()
+}
 
 
 class WireError(ValueError):

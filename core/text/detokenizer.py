@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from .tokenizer import Tokenizer
 
 CONTEXT_TOKENS = 5  # enough that leading spaces come out as they stand in the whole text
-MAX_HELD_TOKENS = 8  # a code point has at most four bytes, so more than this is no code point
+MAX_CODE_POINT_TOKENS = 4  # it has at most four bytes
+MAX_HELD_TOKENS = 8  # what is still no text after so many tokens never becomes any
 REPLACEMENT = "\ufffd"
 
 
@@ -83,7 +84,7 @@ class WindowDetokenizer(IncrementalDetokenizer):
         self._skip = skip_special_tokens
         self._joined = not (skip_special_tokens or spaces_between_special_tokens)
         self._last_special = False
-        self._context = list(prompt_ids[-CONTEXT_TOKENS:])
+        self._context = self._find_context(prompt_ids)
         self._held: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -107,6 +108,15 @@ class WindowDetokenizer(IncrementalDetokenizer):
         text = self._held_text()
         self._advance()
         return text
+
+    def _find_context(self, prompt_ids: Sequence[int]) -> list[int]:
+        """The prompt's last tokens, from where a code point begins: a window that opens inside
+        one would spoil what follows it."""
+        for size in range(CONTEXT_TOKENS, CONTEXT_TOKENS + MAX_CODE_POINT_TOKENS):
+            context = list(prompt_ids[-size:])
+            if REPLACEMENT not in self._decode(context):
+                return context
+        return list(prompt_ids[-CONTEXT_TOKENS:])
 
     def _held_text(self) -> str:
         before = self._decode(self._context)

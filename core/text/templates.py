@@ -67,7 +67,9 @@ class ChatTemplate:
 
     def check(self, origin: Path) -> None:
         """Raises `ModelLoadError` naming `origin` if the template cannot be parsed."""
-        for source in self.sources.values() if self._pool else ():
+        if self._pool is None:
+            return  # parsed when it was made
+        for source in self.sources.values():
             try:
                 # Parsed whole, rendered not at all.
                 self._pool.render("{% if false %}" + source + "{% endif %}", {})
