@@ -77,6 +77,7 @@ class Service:
         self.supervisor = Supervisor(
             self.model, self.state, args.engine_restarts, self._apply_template
         )
+        self._template: ChatTemplate | None = None
         self._signals = 0
 
     async def run(self, out: logs.DroppingHandler) -> int:
@@ -121,9 +122,12 @@ class Service:
 
     def _apply_template(self) -> None:
         """Puts the operator's chat template in the place of the model's own."""
-        if self.args.chat_template is not None:
+        if self.args.chat_template is None:
+            return
+        if self._template is None:
             tokens = self.engine.tokenizer.special_tokens
-            self.engine.chat_template = ChatTemplate.from_path(self.args.chat_template, tokens)
+            self._template = ChatTemplate.from_path(self.args.chat_template, tokens)
+        self.engine.chat_template = self._template
 
     def _ready_line(self) -> str:
         seconds = time.monotonic() - self.started

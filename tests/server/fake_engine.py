@@ -178,7 +178,7 @@ class FakeEngine:
         return SamplingParams(**{"top_k": 7, **overrides})
 
     async def encode(self, text, *, add_special_tokens=True):
-        if len(text) > 100 * CONTEXT:
+        if len(text) > 100 * self.model.max_model_len:
             raise ContextLengthError("The prompt is too long.", param="prompt")
         return self.tokenizer.encode(text)
 
@@ -194,7 +194,7 @@ class FakeEngine:
         self.health()
         if self.submit_error is not None:
             raise self.submit_error
-        room = CONTEXT - len(prompt)
+        room = self.model.max_model_len - len(prompt)
         if room < (params.max_tokens or 1):
             raise ContextLengthError(f"The prompt leaves {room} tokens.", param="prompt")
         if params.max_tokens is None:

@@ -1,0 +1,94 @@
+"""Log lines stay lines, and a stream that cannot be written stops nothing."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import time
+
+import pytest
+
+from trimaran.server.logs import DroppingHandler, JsonFormatter, TextFormatter, escape
+
+
+def record(message, *arguments, **extra):
+    made = logging.LogRecord("trimaran.server.x", logging.INFO, "", 0, message, arguments, None)
+    vars(made).update(extra)
+    return made
+
+
+NASTY = "a\r\nERROR forged\x1b[31mred\x00\u2028\x9b\ud800 ü"
+
+
+def test_escaping():
+    assert escape(NASTY) == r"a\x0d\x0aERROR forged\x1b[31mred\x00\u2028\x9b\ud800 ü"
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+def test_a_record_is_one_printable_line(formatter):
+    line = formatter.format(record("id %s", NASTY, request_id="r1"))
+    assert len(line.splitlines()) == 1 and line.isprintable()
+    assert "r1" in line and "server.x" in line
+
+
+def test_json_lines():
+    fields = json.loads(JsonFormatter().format(record("id %s", NASTY, request_id="r1")))
+    assert fields["message"] == f"id {NASTY}" and fields["request_id"] == "r1"
+    assert fields["level"] == "info"
+
+
+def test_tracebacks_stay_on_the_line():
+    try:
+        raise ValueError(NASTY)
+    except ValueError as error:
+        made = record("failed")
+        made.exc_info = (type(error), error, error.__traceback__)
+    assert len(TextFormatter().format(made).splitlines()) == 1
+
+
+def test_lines_reach_the_stream():
+    stream = io.StringIO()
+    handler = DroppingHandler(stream)
+    handler.setFormatter(TextFormatter())
+    handler.emit(record("one"))
+    handler.emit(record("bad %d", "format"))
+    assert handler.finish()
+    assert "one" in stream.getvalue() and "unprintable" in stream.getvalue()
+    assert handler.dropped == 0
+
+
+def test_a_full_disk_is_counted():
+    with open("/dev/full", "w", buffering=1) as full:
+        handler = DroppingHandler(full)
+        for number in range(3):
+            handler.put(f"line {number}")
+        assert handler.finish()
+        assert handler.dropped >= 3
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())
+
+
+@pytest.mark.parametrize("stream", [None, "closed"])
+def test_a_closed_stream_is_counted(stream):
+    if stream == "closed":
+        stream = io.StringIO()
+        stream.close()
+    handler = DroppingHandler(stream)
+    handler.put("line")
+    assert handler.finish() and handler.dropped == 1
+
+
+def test_a_pipe_that_nobody_reads_blocks_nobody():
+    reading, writing = os.pipe()
+    with open(writing, "w") as pipe:
+        handler = DroppingHandler(pipe, capacity=100)
+        start = time.perf_counter()
+        for _ in range(2_000):
+            handler.put("x" * 2_000)
+        assert time.perf_counter() - start < 0.5
+        assert handler.dropped > 0
+        assert not handler.finish(0.2)
+        os.close(reading)  # the writer's thread gets a broken pipe and goes on
+        assert handler.finish(5)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())

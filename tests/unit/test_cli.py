@@ -1,0 +1,199 @@
+"""The command line: instant help, flags from dataclasses, clear errors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from trimaran.cli import config_file, flags, main, serve, talk
+from trimaran.cli.bench_serve import Trace, summarize
+from trimaran.cli.workload import make_jobs, percentile
+from trimaran.core.args import EngineArgs, ServerArgs, flag_fields
+from trimaran.core.errors import ConfigError
+
+HEAVY = {"torch", "numpy", "pydantic", "starlette", "uvicorn", "rich", "transformers"}
+
+
+def cli(*arguments, **options):
+    command = [sys.executable, "-m", "trimaran", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in main.COMMANDS), ["bench", "serve"]])
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys\nfrom trimaran.cli.main import main\n"
+        f"try: main({[*command, '--help']!r})\nexcept SystemExit as end: assert not end.code\n"
+        f"print(sorted(set({sorted(HEAVY)!r}) & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert "usage: trimaran" in done.stdout
+
+
+def test_help_is_fast():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert cli("serve", "--help").returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.6, "0.3 s on an idle machine"
+
+
+def test_every_field_is_a_flag():
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    known = set(parser._option_string_actions)
+    for field in [*flag_fields(ServerArgs), *flag_fields(EngineArgs)]:
+        assert f"--{field.name.replace('_', '-')}" in known
+
+
+def parse(*arguments):
+    namespace = main.parser("serve").parse_args(["serve", *arguments])
+    serve.take_model(namespace)
+    return flags.build(EngineArgs, namespace), flags.build(ServerArgs, namespace)
+
+
+def test_defaults_and_values():
+    assert parse() == (EngineArgs(), ServerArgs())
+    engine, server = parse(
+        "some/model",
+        "--max-model-len=8k",
+        "--served-model-name=a",
+        "--served-model-name=b",
+        "--no-enable-prefix-caching",
+        '--override-generation-config={"top_k": 3}',
+        "--gpu-memory-utilization=0.5",
+        "--port=0",
+        "--api-key=one",
+        "--api-key=two",
+        "--strict-params",
+    )
+    assert engine == EngineArgs(
+        model="some/model",
+        max_model_len="8k",
+        served_model_name=["a", "b"],
+        enable_prefix_caching=False,
+        override_generation_config={"top_k": 3},
+        gpu_memory_utilization=0.5,
+    )
+    assert server == ServerArgs(port=0, api_key=["one", "two"], strict_params=True)
+
+
+def test_two_models_contradict():
+    assert parse("--model", "a")[0].model == "a"
+    assert parse("a", "--model", "a")[0].model == "a"
+    with pytest.raises(ConfigError, match="Two models"):
+        parse("a", "--model", "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--porrt", "1"], "--porrt"),
+        (["serve", "--port", "many"], "invalid int value"),
+        (["serve", "--dtype", "int3"], "invalid choice"),
+        (["serve", "--hf-overrides", "[1]"], "must be a JSON object"),
+        (["serve", "--max-model", "8"], "--max-model"),
+        (["sing"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_errors_name_the_flag(arguments, message):
+    done = cli(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def merged(path, *arguments):
+    namespace = main.parser("serve").parse_args(["serve", *arguments])
+    config_file.merge(namespace, str(path), EngineArgs, ServerArgs)
+    return flags.build(EngineArgs, namespace), flags.build(ServerArgs, namespace)
+
+
+def test_config_files(tmp_path):
+    values = {"port": 9, "api-key": ["a"], "max-model-len": 8192, "seed": 3, "strict_params": True}
+    (tmp_path / "a.json").write_text(json.dumps(values))
+    engine, server = merged(tmp_path / "a.json", "--seed", "4")
+    assert engine == EngineArgs(max_model_len="8192", seed=4), "the command line wins"
+    assert server == ServerArgs(port=9, api_key=["a"], strict_params=True)
+    pytest.importorskip("yaml")
+    (tmp_path / "a.yaml").write_text("port: 9\nshutdown-timeout: 5\napi_key: a\n")
+    assert merged(tmp_path / "a.yaml")[1] == ServerArgs(port=9, shutdown_timeout=5.0, api_key=["a"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"porrt": 1}', "no flag `porrt`"),
+        ('{"port": "many"}', "must be of type int"),
+        ('{"port": true}', "must be of type int"),
+        ('{"strict_params": 1}', "must be of type bool"),
+        ("[1]", "must hold a mapping"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_bad_config_files(tmp_path, text, message):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        merged(path)
+    with pytest.raises(ConfigError, match="missing.json"):
+        merged(tmp_path / "missing.json")
+
+
+def test_an_error_is_one_line(tmp_path):
+    done = cli("serve", "--config", str(tmp_path / "none.json"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("trimaran: error: --config") and done.stderr.count("\n") == 1
+
+
+def test_doctor_as_json():
+    report = json.loads(cli("doctor", "--json").stdout)
+    assert report["versions"]["trimaran"] and "cpu" in report["platforms"]
+
+
+def test_a_closed_output_is_no_failure():
+    for target in ("/dev/full", "/dev/null"):
+        with open(target, "w") as out:
+            command = [sys.executable, "-m", "trimaran", "--version"]
+            done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=60)
+        assert b"Traceback" not in done.stderr
+
+
+def test_what_a_model_writes_does_not_steer_the_terminal():
+    assert talk.safe("a\x1b[2Jb\r\x07\x9b") == "a\ufffd[2Jb\ufffd\ufffd\ufffd"
+    assert talk.safe("a\n\tü") == "a\n\tü"
+
+
+def test_workloads_are_reproducible():
+    namespace = argparse.Namespace(
+        num_prompts=5,
+        input_len=10,
+        output_len=20,
+        range_ratio=0.5,
+        shared_prefix_len=3,
+        workload_seed=1,
+    )
+    jobs = make_jobs(namespace, 1_000)
+    assert jobs == make_jobs(namespace, 1_000)
+    assert len({tuple(job.prompt[:3]) for job in jobs}) == 1
+    assert all(8 <= len(job.prompt) <= 18 and 10 <= job.output_len <= 30 for job in jobs)
+    assert all(256 <= token < 1_000 for job in jobs for token in job.prompt)
+
+
+def test_figures_of_a_serving_benchmark():
+    usage = {"prompt_tokens": 4, "completion_tokens": 10}
+    good = Trace(start=1.0, times=[1.5, 1.6, 1.9], usage=usage)
+    result = summarize([good, Trace(error="refused")], seconds=2.0)
+    assert result["failed"] == 1 and result["errors"] == "refused"
+    assert result["output_tokens_per_second"] == 5.0, "counted by usage, not by events"
+    assert result["ttft_ms_mean"] == pytest.approx(500)
+    assert result["itl_ms_p99"] == pytest.approx(300)
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0 and percentile([], 0.5) == 0.0
