@@ -6,6 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .interface import Communicator, GroupSpec
@@ -44,8 +45,6 @@ class GlooCommunicator(Communicator):
     """
 
     def __init__(self, group: GroupSpec, timeout: timedelta = TIMEOUT) -> None:
-        import torch.distributed as dist  # lazy: slow to import, and a group of one needs none
-
         self.rank, self.size = group.rank, group.size
         gloo: Any = dist.ProcessGroupGloo
         store = dist.FileStore(_rendezvous_path(group), group.size)
@@ -53,7 +52,6 @@ class GlooCommunicator(Communicator):
         options._devices = [gloo.create_device(interface="lo")]
         options._timeout = timeout
         self._group: Any = gloo(store, group.rank, group.size, options)
-        self._broadcast_options = dist.BroadcastOptions
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         wide = tensor.float().contiguous() if tensor.is_floating_point() else tensor.contiguous()
@@ -67,7 +65,7 @@ class GlooCommunicator(Communicator):
         return torch.cat(parts, dim=dim)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        options = self._broadcast_options()
+        options = dist.BroadcastOptions()
         options.rootRank = source
         whole = tensor.contiguous()
         self._group.broadcast([whole], options).wait()

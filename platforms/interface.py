@@ -426,7 +426,7 @@ class Platform(ABC):
 
     def communicator(self, group: GroupSpec, device: Device) -> Communicator:
         """Collectives for a parallel group; by default Gloo, staged through host memory."""
-        from .communicator import open_communicator  # lazy: torch.distributed is slow to import
+        from .communicator import open_communicator  # lazy: it imports this module
 
         return open_communicator(group)
 

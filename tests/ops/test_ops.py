@@ -1,0 +1,182 @@
+"""Every implementation of every platform against the op's reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimaran.platforms.cpu import CpuPlatform
+from trimaran.platforms.interface import OpImpl, OpSignature, PackedWeight, Platform, WeightPacker
+from trimaran.platforms.ops import DENSE, OPS, DensePacker, Tolerance
+from trimaran.platforms.strict import StrictPlatform
+
+PLATFORMS: list[type[Platform]] = [CpuPlatform, StrictPlatform]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOKENS = [1, 3, 33]
+SPECIAL = [float("nan"), float("inf"), float("-inf")]
+
+
+def implementations() -> list[Any]:
+    return [
+        pytest.param(platform, impl, id=f"{platform.name}-{impl.op}-{impl.name}")
+        for platform in PLATFORMS
+        for impls in platform().ops().values()
+        for impl in impls
+    ]
+
+
+def random(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def rope_case(tokens: int, dtype: torch.dtype, rotary: int) -> tuple[Any, ...]:
+    # Views of one packed projection, as the model hands them over.
+    query, key, _ = random(tokens, 8, 64, dtype=dtype).split([4, 2, 2], dim=1)
+    angles = torch.outer(torch.arange(100.0), torch.rand(rotary // 2))
+    return (
+        query,
+        key,
+        torch.randint(0, 100, (1, tokens)),
+        torch.cat((angles.cos(), angles.sin()), 1),
+    )
+
+
+def dense(rows: int, columns: int, dtype: torch.dtype) -> PackedWeight:
+    return PackedWeight(DENSE, (rows, columns), (random(rows, columns, dtype=dtype),))
+
+
+def gated(tokens: int, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    return [(3 * random(tokens, 2 * size, dtype=dtype),) for size in (1, 48, 65)]
+
+
+CASES: dict[str, Callable[[int, torch.dtype], list[tuple[Any, ...]]]] = {
+    "embed": lambda n, dtype: [
+        (torch.randint(0, 50, (n,), dtype=ids), random(50, 24, dtype=dtype))
+        for ids in (torch.int32, torch.int64)
+    ],
+    "rms_norm": lambda n, dtype: [
+        (5 * random(n, *shape, dtype=dtype), random(shape[-1], dtype=dtype), 1e-6)
+        for shape in ((64,), (4, 128), (120,))
+    ],
+    "add_rms_norm": lambda n, dtype: [
+        (random(n, 72, dtype=dtype), random(n, 72, dtype=dtype), random(72, dtype=dtype), 1e-5)
+    ],
+    "linear": lambda n, dtype: [
+        (random(n, 64, dtype=dtype), dense(rows, 64, dtype), bias)
+        for rows in (96, 17)
+        for bias in (None, random(rows, dtype=dtype))
+    ],
+    "rope": lambda n, dtype: [rope_case(n, dtype, 64), rope_case(n, dtype, 32)],
+    "silu_mul": gated,
+    "gelu_mul": gated,
+    "gelu_tanh_mul": gated,
+    "add": lambda n, dtype: [(random(n, 40, dtype=dtype), random(n, 40, dtype=dtype))],
+    "gather_rows": lambda n, dtype: [(random(n, 40, dtype=dtype), torch.randint(0, n, (2 * n,)))],
+    "copy": lambda n, dtype: [(random(n, 7, dtype=dtype), random(n, 7, dtype=torch.float32))],
+    "sample": lambda n, dtype: [(random(n, 300, dtype=torch.float32).round(),)],
+}
+
+
+def run(impl: OpImpl, packer: WeightPacker, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Call on copies; weights are packed for the platform. Inputs must come out unchanged."""
+    before = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    given = [
+        packer.pack({"weight": arg.tensors[0]}, arg.shape) if isinstance(arg, PackedWeight) else arg
+        for arg in args
+    ]
+    result = impl(*given)
+    read_only = list(zip(args, before, strict=True))[1 if impl.op == "copy" else 0 :]
+    for now, then in read_only:
+        if isinstance(now, Tensor):
+            torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def check(found: tuple[Tensor, ...], expected: Any, tolerance: Tolerance) -> None:
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            ours, theirs, rtol=tolerance.rtol, atol=tolerance.atol, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("platform, impl", implementations())
+def test_agrees_with_the_reference(
+    platform: type[Platform], impl: OpImpl, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    spec = OPS[impl.op]
+    packer = platform().weight_packers().get(DENSE, DensePacker())
+    for tokens in TOKENS:
+        for args in CASES[impl.op](tokens, dtype):
+            support = impl.supports(OpSignature(impl.op, dtype))
+            if not support:
+                assert support.reason
+                continue
+            expected = spec.reference(*(a.clone() if isinstance(a, Tensor) else a for a in args))
+            check(run(impl, packer, args), expected, spec.tolerance[dtype])
+
+
+@pytest.mark.parametrize("value", SPECIAL, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("platform, impl", implementations())
+def test_places_nan_and_infinity_where_the_reference_does(
+    platform: type[Platform], impl: OpImpl, dtype: torch.dtype, value: float
+) -> None:
+    """One bad element in one row: the same outputs are bad, and no other row is."""
+    torch.manual_seed(1)
+    packer = platform().weight_packers().get(DENSE, DensePacker())
+    for args in CASES[impl.op](3, dtype):
+        poisoned = 1 if impl.op in ("copy", "embed") else 0
+        bad = args[poisoned].clone()
+        bad[1].view(-1)[0] = value
+        args = tuple(bad if i == poisoned else arg for i, arg in enumerate(args))
+        expected = OPS[impl.op].reference(
+            *(a.clone() if isinstance(a, Tensor) else a for a in args)
+        )
+        found = run(impl, packer, args)
+        check(found, expected, OPS[impl.op].tolerance[dtype])
+        if impl.op not in ("embed", "gather_rows", "sample"):
+            assert found[0][[0, 2]].isfinite().all()
+
+
+def test_every_op_has_cases_and_a_tolerance_for_every_dtype() -> None:
+    assert CASES.keys() == OPS.keys()
+    assert all(spec.tolerance.keys() == set(DTYPES) for spec in OPS.values())
+
+
+@pytest.mark.parametrize("name", [n for n, spec in OPS.items() if spec.composition])
+def test_a_fused_op_is_left_out_only_with_its_composition(name: str) -> None:
+    assert not OPS[name].required
+    assert all(part in OPS and OPS[part].required for part in OPS[name].composition)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rms_norm_and_rope_are_bit_equal_to_transformers(dtype: torch.dtype) -> None:
+    modeling = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    torch.manual_seed(2)
+    x, norm = random(7, 64, dtype=dtype), modeling.Qwen3RMSNorm(64, 1e-6).to(dtype)
+    norm.weight.data.normal_()
+    assert torch.equal(OPS["rms_norm"].reference(x, norm.weight.data, 1e-6), norm(x).detach())
+    query, key = random(5, 4, 64, dtype=dtype), random(5, 2, 64, dtype=dtype)
+    angles = torch.outer(torch.arange(5.0), torch.rand(32))
+    table = torch.cat((angles.cos(), angles.sin()), 1)
+    cos, sin = (
+        angles.repeat(1, 2).cos()[None].to(dtype),
+        angles.repeat(1, 2).sin()[None].to(dtype),
+    )
+    theirs = modeling.apply_rotary_pos_emb(
+        query.transpose(0, 1)[None], key.transpose(0, 1)[None], cos, sin
+    )
+    ours = OPS["rope"].reference(query, key, torch.arange(5)[None], table)
+    assert all(torch.equal(a, b[0].transpose(0, 1)) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_sample_takes_the_first_of_equal_scores() -> None:
+    scores = torch.tensor([[0.0, 2.0, 2.0], [5.0, 5.0, 1.0]])
+    assert OPS["sample"].reference(scores).tolist() == [1, 0]

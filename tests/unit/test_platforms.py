@@ -1,0 +1,460 @@
+"""The platform contract: definition-time checks, discovery, strict's queue, collectives."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from trimaran.platforms import host, registry
+from trimaran.platforms.communicator import LocalCommunicator, open_communicator
+from trimaran.platforms.cpu import CpuPlatform
+from trimaran.platforms.host_device import HostDevice
+from trimaran.platforms.interface import (
+    PLATFORM_API,
+    ApiRange,
+    AttentionImpl,
+    AttentionSpec,
+    Capabilities,
+    Device,
+    GroupSpec,
+    KVRegion,
+    OpImpl,
+    Platform,
+    PlatformUnavailable,
+    Probe,
+)
+from trimaran.platforms.strict import StrictKnobs, StrictPlatform, strict_platform
+from trimaran.platforms.strict_device import SENTINEL, StrictDevice
+
+# ---------------------------------------------------------------------------------------------
+# The contract
+# ---------------------------------------------------------------------------------------------
+
+
+class Minimal(Platform):
+    name = "minimal"
+    vendor = "test"
+    api = ApiRange(PLATFORM_API, PLATFORM_API)
+
+    @classmethod
+    def probe(cls) -> Probe:
+        return Probe(5, "always there")
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return Capabilities(dtypes={"float32": "native"})
+
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        return HostDevice()
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return {}
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        return ()
+
+
+def test_another_signature_is_refused_when_the_class_is_defined() -> None:
+    with pytest.raises(TypeError, match=r"Wrong\.open.*does not match.*open"):
+
+        class Wrong(Minimal):
+            def open(self, device: int = 0, stream: int = 0) -> Device:  # type: ignore[override]
+                raise NotImplementedError
+
+
+def test_an_instance_method_in_place_of_a_class_method_is_refused() -> None:
+    with pytest.raises(TypeError, match="probe"):
+
+        class Wrong(Minimal):
+            def probe(cls) -> Probe:  # type: ignore[override]
+                return Probe(1, "")
+
+
+def test_getattr_is_refused() -> None:
+    with pytest.raises(TypeError, match="__getattr__"):
+
+        class Wrong(Minimal):
+            def __getattr__(self, name: str) -> Any:
+                return None
+
+
+def test_a_minimal_platform_is_complete() -> None:
+    platform = Minimal()
+    assert platform.weight_packers() == {} and platform.fusions() == ()
+    assert platform.kv_constraints(None).block_multiple == 1  # type: ignore[arg-type]
+    group = platform.communicator(GroupSpec(), platform.open())
+    assert isinstance(group, LocalCommunicator)
+
+
+# ---------------------------------------------------------------------------------------------
+# Discovery
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """install(name, source): a module with an entry point, as a vendor's package brings it."""
+    entries: list[EntryPoint] = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: list(entries))
+
+    def add(name: str, **members: Any) -> None:
+        module = ModuleType(f"vendor_{name}")
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        entries.append(EntryPoint(name, f"{module.__name__}:Platform", registry.GROUP))
+
+    return add
+
+
+def reason(name: str) -> str:
+    (candidate,) = (c for c in registry.available() if c.name == name)
+    assert not candidate.usable
+    return candidate.probe.reason
+
+
+def test_the_built_in_platforms_are_usable_and_cpu_is_chosen() -> None:
+    usable = [candidate.name for candidate in registry.available() if candidate.usable]
+    assert usable == ["cpu", "strict"]
+    assert registry.choose() is CpuPlatform
+    assert registry.choose("strict") is StrictPlatform
+
+
+def test_an_installed_platform_is_found_and_the_best_score_wins(install: Any) -> None:
+    class Fast(Minimal):
+        name = "fast"
+
+        @classmethod
+        def probe(cls) -> Probe:
+            return Probe(1000, "fast")
+
+    install("minimal", Platform=Minimal)
+    install("fast", Platform=Fast)
+    assert registry.choose() is Fast
+    assert registry.choose("minimal") is Minimal
+
+
+def test_what_a_platform_lacks_or_breaks_is_a_reason(install: Any) -> None:
+    class Probing(Minimal):
+        name = "probing"
+
+        @classmethod
+        def probe(cls) -> Probe:
+            raise OSError("libacme.so: cannot open shared object file")
+
+    class Absent(Minimal):
+        name = "absent"
+
+        @classmethod
+        def probe(cls) -> Probe:
+            return Probe(0, "no such device here")
+
+    class Future(Minimal):
+        name = "future"
+        api = ApiRange((7, 0), (7, 2))
+
+    class Abstract(Platform):
+        name = "abstract"
+        vendor = "test"
+        api = Minimal.api
+
+    install("probing", Platform=Probing)
+    install("absent", Platform=Absent)
+    install("future", Platform=Future)
+    install("abstract", Platform=Abstract)
+    install("empty")
+    install("notone", Platform=dict)
+    install("renamed", Platform=Minimal)
+    assert reason("probing") == "OSError: libacme.so: cannot open shared object file"
+    assert reason("absent") == "no such device here"
+    assert "written for platform API 7.0 to 7.2; this engine has 0.1" in reason("future")
+    assert "Abstract lacks attention, capabilities" in reason("abstract")
+    assert "AttributeError" in reason("empty")
+    assert "not a Platform class" in reason("notone")
+    assert "is called 'minimal'" in reason("renamed")
+    assert registry.choose() is CpuPlatform
+
+
+def test_a_module_that_raises_or_exits_on_import_is_a_reason(
+    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, line in (("raising", "1 / 0"), ("exiting", "raise SystemExit('no driver')")):
+        (tmp_path / f"vendor_{name}.py").write_text(line)
+        install(name)
+        monkeypatch.delitem(sys.modules, f"vendor_{name}")
+    assert reason("raising") == "ZeroDivisionError: division by zero"
+    assert reason("exiting") == "SystemExit: no driver"
+
+
+def test_an_installed_package_cannot_take_a_built_in_name(install: Any) -> None:
+    class Impostor(Minimal):
+        name = "cpu"
+
+    install("cpu", Platform=Impostor)
+    assert registry.choose("cpu") is CpuPlatform
+
+
+def test_choosing_what_is_not_there_lists_each_platform_and_its_reason(install: Any) -> None:
+    install("broken")
+    with pytest.raises(PlatformUnavailable) as caught:
+        registry.choose("acme")
+    message = str(caught.value)
+    assert "Platform 'acme' is not usable here" in message
+    assert "cpu: " in message and "broken: AttributeError" in message
+
+
+def test_probing_every_platform_initialises_nothing() -> None:
+    code = """
+        import sys, threading, torch
+        threads = torch.get_num_threads()
+        from trimaran.platforms import registry
+        assert len(registry.available()) >= 2
+        assert threading.active_count() == 1 and torch.get_num_threads() == threads
+        assert "trimaran.platforms.communicator" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+# ---------------------------------------------------------------------------------------------
+# cpu
+# ---------------------------------------------------------------------------------------------
+
+
+def test_cpu_takes_the_threads_it_is_given() -> None:
+    before = torch.get_num_threads()
+    try:
+        CpuPlatform().open(num_threads=1)
+        assert torch.get_num_threads() == 1
+        CpuPlatform().open()
+        assert torch.get_num_threads() == host.physical_cores()
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="no device 3"):
+        CpuPlatform().open(3)
+
+
+def test_cpu_threads_of_a_rank_are_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "physical_cores", lambda: 8)
+    env = CpuPlatform().process_env(1, {"tensor_parallel_size": 4, "num_threads": None})
+    assert env == {"OMP_NUM_THREADS": "2"}
+    assert CpuPlatform().process_env(0, {"num_threads": 3}) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_isa_is_the_widest_flag() -> None:
+    assert host.isa(frozenset({"avx2", "avx512f", "amx_bf16"})) == "amx"
+    assert host.isa(frozenset({"avx2", "avx512f"})) == "avx512"
+    assert host.isa(frozenset({"avx2"})) == "avx2"
+    assert host.isa(frozenset()) == "baseline"
+
+
+def test_a_launch_that_raised_raises_at_the_wait() -> None:
+    for device in (HostDevice(), StrictDevice(0, delay=0.0)):
+        event = device.launch(lambda: [][0])
+        with pytest.raises(IndexError):
+            event.wait()
+        device.launch(lambda: None).wait()
+        device.close()
+
+
+def test_memory_is_accounted_by_tag_until_it_is_freed() -> None:
+    for device in (HostDevice(), StrictDevice(0, delay=0.0)):
+        weights = device.alloc((4, 8), torch.float32, "weights")
+        cache = device.alloc_kv((2, 8), torch.bfloat16)
+        assert device.memory().by_tag == {"weights": 128, "kv": 32}
+        assert not cache.any()
+        view = weights[0]
+        del weights
+        gc.collect()
+        assert device.memory().by_tag["weights"] == 128, "a view still holds it"
+        del view
+        gc.collect()
+        assert device.memory().by_tag == {"kv": 32}
+        assert 0 < device.memory().free <= device.memory().total
+        device.close()
+
+
+def test_blocks_move_as_if_at_once() -> None:
+    tensor = torch.arange(6.0).unsqueeze(1).repeat(1, 3)
+    HostDevice().move_blocks([KVRegion(tensor, 12, 12)], [(0, 1), (1, 2), (5, 4)])
+    assert tensor[:, 0].tolist() == [0, 0, 1, 3, 5, 5]
+    HostDevice().move_blocks([KVRegion(tensor, 12, 12)], [])
+
+
+# ---------------------------------------------------------------------------------------------
+# strict: what is forgotten shows
+# ---------------------------------------------------------------------------------------------
+
+
+def void(_: object) -> None:
+    """What a launched lambda may return."""
+
+
+@pytest.fixture
+def strict() -> Iterator[Device]:
+    device = StrictPlatform(StrictKnobs(delay=0.02)).open()
+    yield device
+    device.close()
+
+
+def test_strict_memory_is_poisoned(strict: Device) -> None:
+    assert strict.alloc((3,), torch.bfloat16, "x").isnan().all()
+    assert strict.alloc((3,), torch.int64, "x").eq(SENTINEL).all()
+    assert strict.alloc((3,), torch.int32, "x").eq(SENTINEL).all()
+    assert strict.alloc((3,), torch.uint8, "x").eq(255).all()
+
+
+def test_reading_before_the_event_shows_poison(strict: Device) -> None:
+    target = strict.alloc((4,), torch.float32, "x")
+    event = strict.launch(lambda: void(target.fill_(1.0)))
+    assert not event.done() and target.isnan().all()
+    event.wait()
+    assert event.done() and target.eq(1).all()
+
+
+def test_a_host_copy_arrives_only_when_its_launch_ends(strict: Device) -> None:
+    source = strict.alloc((2,), torch.float32, "x")
+    copies: list[torch.Tensor] = []
+    inside, go_on = threading.Event(), threading.Event()
+
+    def work() -> None:
+        source.fill_(3.0)
+        copies.append(strict.to_host(source))
+        source.fill_(4.0)
+        inside.set()
+        go_on.wait()
+
+    event = strict.launch(work)
+    inside.wait()
+    assert copies[0].isnan().all()
+    go_on.set()
+    event.wait()
+    assert copies[0].eq(3).all(), "the value at the time of the call, not of the arrival"
+
+
+def test_changing_a_launched_tensor_from_the_host_shows(strict: Device) -> None:
+    data, seen = torch.ones(1), []
+    event = strict.launch(lambda: seen.append(data.item()))
+    data.zero_()
+    event.wait()
+    assert seen == [0.0]
+
+
+def test_to_device_takes_a_snapshot_and_comes_late(strict: Device) -> None:
+    data = torch.tensor([7])
+    on_device = strict.to_device(data)
+    data.zero_()
+    assert on_device.item() == SENTINEL
+    seen: list[int] = []
+    strict.launch(lambda: seen.append(int(on_device.item()))).wait()
+    assert seen == [7]
+
+
+def test_strict_runs_launches_in_order(strict: Device) -> None:
+    order: list[int] = []
+    events = [strict.launch(lambda i=i: order.append(i)) for i in range(4)]  # type: ignore[misc]
+    events[-1].wait()
+    assert order == [0, 1, 2, 3]
+
+
+def test_to_host_with_a_launch_in_flight_is_refused(strict: Device) -> None:
+    tensor = strict.alloc((1,), torch.float32, "x")
+    event = strict.launch(lambda: None)
+    with pytest.raises(RuntimeError, match="to_host outside a launch"):
+        strict.to_host(tensor)
+    event.wait()
+    strict.to_host(tensor)
+
+
+def test_strict_refuses_what_the_contract_forbids(strict: Device) -> None:
+    with pytest.raises(RuntimeError, match="move_blocks"):
+        strict.move_blocks([], [])
+    with pytest.raises(RuntimeError, match="launch inside a launch"):
+        strict.launch(lambda: void(strict.launch(lambda: None))).wait()
+    with pytest.raises(ValueError, match="3 devices"):
+        StrictPlatform().open(3)
+
+
+def test_a_closed_strict_device_keeps_no_thread() -> None:
+    before = threading.active_count()
+    device = StrictPlatform().open(2)
+    assert threading.active_count() == before + 1
+    device.close()
+    device.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        device.launch(lambda: None)
+
+
+def test_knobs_reach_a_platform_made_without_arguments() -> None:
+    platform = strict_platform(StrictKnobs(run_ahead=0, block_multiple=5))()
+    assert platform.capabilities().run_ahead == 0
+    assert platform.kv_constraints(None).block_multiple == 5  # type: ignore[arg-type]
+    assert StrictPlatform().capabilities().run_ahead == 1
+    assert len(StrictPlatform.probe().devices) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# Collectives
+# ---------------------------------------------------------------------------------------------
+
+RANK = """
+import sys, torch
+from trimaran.platforms.communicator import open_communicator
+from trimaran.platforms.interface import GroupSpec
+
+rank, rendezvous = int(sys.argv[1]), sys.argv[2]
+# Two groups in one process, as two engines would have them.
+groups = [open_communicator(GroupSpec(rank, 2, f"{rendezvous}.{i}")) for i in range(2)]
+for group in groups:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        own = torch.full((2, 3), rank + 1, dtype=dtype)
+        assert group.all_reduce(own).eq(3).all()
+        strided = torch.full((3, 2), rank + 1, dtype=dtype).t()
+        assert group.all_reduce(strided).eq(3).all()
+    part = torch.full((1, 2), float(rank))
+    assert group.all_gather(part, 1).tolist() == [[0.0, 0.0, 1.0, 1.0]]
+    assert group.all_gather(part, 0).tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    assert group.broadcast(torch.full((2,), rank), 1).tolist() == [1, 1]
+    group.barrier()
+for group in groups:
+    group.close()
+    group.close()
+assert not torch.distributed.is_initialized()
+"""
+
+
+@pytest.mark.real
+def test_two_ranks_over_gloo(tmp_path: Path) -> None:
+    rendezvous = f"file://{tmp_path}/meet"
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, str(rank), rendezvous]) for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+def test_a_group_of_one_returns_what_it_is_given() -> None:
+    group = open_communicator(GroupSpec())
+    tensor = torch.ones(2)
+    assert group.all_reduce(tensor) is tensor and group.all_gather(tensor, 0) is tensor
+    assert group.broadcast(tensor, 0) is tensor
+    group.barrier()
+    group.close()
+
+
+def test_a_rendezvous_is_a_file() -> None:
+    with pytest.raises(ValueError, match="file://"):
+        open_communicator(GroupSpec(0, 2, "tcp://127.0.0.1:1"))
