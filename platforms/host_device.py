@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,7 +41,7 @@ class HostDevice(Device):
         return self._ledger.add(tag, torch.empty(tuple(shape), dtype=dtype))
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._ledger.add("kv", torch.zeros(tuple(shape), dtype=dtype))
+        return self._ledger.add("kv", lazy_zeros(shape, dtype))
 
     def memory(self) -> MemoryInfo:
         return MemoryInfo(host.total_memory(), host.available_memory(), self._ledger.by_tag())
@@ -66,6 +68,17 @@ class HostDevice(Device):
 
     def close(self) -> None:
         pass
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeroed memory of which the system provides each page when it is first written: a large
+    cache costs nothing at start, and only what is used later."""
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    pages = mmap.mmap(-1, size)  # the tensor keeps it alive
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def move_blocks(regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
