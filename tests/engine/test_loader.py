@@ -20,6 +20,7 @@ from trimaran.core.errors import ConfigError, ModelLoadError
 from trimaran.core.models import loader
 from trimaran.core.models.checkpoint import Checkpoint
 from trimaran.core.models.weights import WeightSlot
+from trimaran.platforms.communicator import LocalCommunicator
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.strict import StrictPlatform
 
@@ -254,6 +255,30 @@ def test_nothing_stays_poisoned() -> None:
     slots = list(one.decoder.norm.slots()) if one.decoder.norm else []
     assert slots and not any(slot.target.isnan().any() for slot in slots)
     assert not one.logits(prompt(9)).isnan().any()
+    one.close()
+
+
+class LastOfTwo(LocalCommunicator):
+    """Rank 1 of a group of two that never meets: enough to load a share."""
+
+    rank = 1
+    size = 2
+
+
+def test_a_share_is_padded_with_zeros_and_no_larger_than_it_must() -> None:
+    """1031 ids on two ranks: 516 rows each, the last of rank 1 none of the vocabulary's."""
+    path = model_path("llama3")
+    one = Harness(StrictPlatform(), path, length=32, comm=LastOfTwo())
+    assert one.decoder.embed is not None and one.decoder.head is not None
+    whole = load_file(path / FILE)
+    table = one.decoder.embed.table
+    assert torch.equal(table[:515], whole["model.embed_tokens.weight"][516:])
+    assert table.shape == (516, 128) and not table[515].any()
+    assert one.decoder.head._packed is not None
+    head = one.decoder.head._packed.tensors[0]
+    assert torch.equal(head[:515], whole["lm_head.weight"][516:]) and not head[515].any()
+    stored = sum(tensor.numel() * 4 for tensor in whole.values())
+    assert one.device.memory().by_tag["weights"] < 0.6 * stored
     one.close()
 
 

@@ -224,7 +224,7 @@ def test_the_report_names_every_choice() -> None:
 
 def test_config_json_is_what_transformers_writes() -> None:
     config = json.loads((model_path("llama3") / "config.json").read_text())
-    assert "rope_parameters" in config, "tests of the older form live in test_families.py"
+    assert "rope_parameters" in config, "tests of the older form live in test_models_spec.py"
 
 
 def test_binder_without_a_device_only_sizes() -> None:
