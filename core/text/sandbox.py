@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -30,9 +31,21 @@ class GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def make_environment() -> ImmutableSandboxedEnvironment:
-    # Not optimised: folding constants would evaluate 'a' * 10**10 while the template is parsed.
-    environment = ImmutableSandboxedEnvironment(
+class NoFolding(CodeGenerator):
+    """Evaluates nothing while a template is parsed: `{{ 'a' * 10**10 }}` is a constant too."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+
+class TemplateEnvironment(ImmutableSandboxedEnvironment):
+    code_generator_class = NoFolding
+
+
+def make_environment() -> TemplateEnvironment:
+    environment = TemplateEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         optimized=False,
