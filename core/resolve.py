@@ -228,9 +228,7 @@ class _Resolution:
         if asked is None:
             length = longest
         elif asked == "auto":
-            batched = self._batched_tokens(longest, num_seqs)
-            sizes = self._measure(dtype, kv_dtype, batched)
-            length = longest_that_fits(sizes, self._budget(dtype), longest)
+            length = longest_that_fits(self._measure(dtype, kv_dtype), self._budget(dtype), longest)
             logger.info("max_model_len=%d of %d: what memory holds", length, longest)
         else:
             length = parse_size(asked, "max_model_len")
@@ -292,9 +290,7 @@ class _Resolution:
 
     # -- KV cache ------------------------------------------------------------------------------
 
-    def _measure(
-        self, dtype: torch.dtype, kv_dtype: torch.dtype, max_chunk: int
-    ) -> list[GroupSize]:
+    def _measure(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> list[GroupSize]:
         return measure_groups(
             self._platform,
             self._spec,
@@ -302,17 +298,20 @@ class _Resolution:
             kv_dtype=kv_dtype,
             block_size=self._args.block_size,
             ranks=self._ranks,
-            max_chunk=max_chunk,
         )
 
     def _cache(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> CacheConfig:
-        args, length = self._args, lengths.max_model_len
-        sizes = self._measure(dtype, kv_dtype, lengths.batched_tokens)
+        args, length, chunk = self._args, lengths.max_model_len, lengths.batched_tokens
+        sizes = self._measure(dtype, kv_dtype)
         budget = self._budget(dtype)
         if args.kv_cache_memory_bytes is None:
-            budget = min(budget, bytes_for_all(sizes, length, lengths.num_seqs))
+            budget = min(budget, bytes_for_all(sizes, length, lengths.num_seqs, chunk))
         groups = make_cache_groups(
-            sizes, budget=budget, length=length, blocks=args.num_gpu_blocks_override
+            sizes,
+            budget=budget,
+            length=length,
+            chunk=chunk,
+            blocks=args.num_gpu_blocks_override,
         )
         total = sum(g.num_blocks * s.block_bytes for g, s in zip(groups, sizes, strict=True))
         logger.info(

@@ -48,15 +48,15 @@ class GroupSize:
     group: LayerGroup
     block_size: int
     block_bytes: int
-    max_chunk: int
 
-    def blocks_for(self, length: int) -> int:
-        """Blocks that one sequence of `length` tokens holds at most. Under a window those are the
-        window, the tokens of a step, and a block that both ends share."""
+    def blocks_for(self, length: int, chunk: int = 1) -> int:
+        """The most blocks that one sequence of `length` tokens holds at once, when it is computed
+        in steps of `chunk`: what window + chunk - 1 positions in a row can touch."""
+        whole = -(-length // self.block_size)
         window = self.group.sliding_window
-        if window is not None:
-            length = min(length, window - 1 + self.max_chunk + self.block_size)
-        return -(-length // self.block_size)
+        if window is None:
+            return whole
+        return min(whole, -(-(window + chunk - 2) // self.block_size) + 1)
 
 
 def measure_groups(
@@ -67,7 +67,6 @@ def measure_groups(
     kv_dtype: torch.dtype,
     block_size: int | None,
     ranks: int,
-    max_chunk: int,
 ) -> list[GroupSize]:
     """Each cache group with its block size (the platform's choice where None) and bytes."""
     binder = OpBinder(platform)
@@ -83,7 +82,7 @@ def measure_groups(
         chosen = _block_size(block_size, constraints, platform.name)
         attention = attention_spec(chosen)
         layer_bytes = binder.attention(attention).block_bytes(attention)
-        sizes.append(GroupSize(group, chosen, layer_bytes * len(group.layers), max_chunk))
+        sizes.append(GroupSize(group, chosen, layer_bytes * len(group.layers)))
     return sizes
 
 
@@ -121,21 +120,33 @@ def longest_that_fits(sizes: Sequence[GroupSize], budget: int, limit: int) -> in
     return low
 
 
-def bytes_for_all(sizes: Sequence[GroupSize], length: int, sequences: int) -> int:
-    """What `sequences` sequences of `length` tokens can use at most."""
-    return sequences * sequence_bytes(sizes, length) + _scratch_bytes(sizes)
+def _chunk_blocks(size: GroupSize, chunk: int) -> int:
+    """Blocks a window group needs beyond its windows, for the prompt that a step computes."""
+    return 0 if size.group.sliding_window is None else -(-chunk // size.block_size)
+
+
+def bytes_for_all(sizes: Sequence[GroupSize], length: int, sequences: int, chunk: int) -> int:
+    """What `sequences` sequences of `length` tokens can use at most, in steps of `chunk`."""
+    chunks = sum(_chunk_blocks(size, chunk) * size.block_bytes for size in sizes)
+    return sequences * sequence_bytes(sizes, length) + _scratch_bytes(sizes) + chunks
 
 
 def make_cache_groups(
-    sizes: Sequence[GroupSize], *, budget: int, length: int, blocks: int | None
+    sizes: Sequence[GroupSize], *, budget: int, length: int, chunk: int, blocks: int | None
 ) -> tuple[CacheGroupConfig, ...]:
     """Split `budget` bytes over the groups in the proportion in which sequences of `length` use
-    them (or give each group exactly `blocks`). KVMemoryError if one such sequence does not fit."""
-    share = (budget - _scratch_bytes(sizes)) / sequence_bytes(sizes, length)
+    them, computed in steps of `chunk` (or give each group exactly `blocks`). KVMemoryError if not
+    even one such sequence fits."""
+    one = sequence_bytes(sizes, length)
+    extra = [_chunk_blocks(size, chunk) for size in sizes]
+    if bytes_for_all(sizes, length, 1, chunk) > budget:
+        extra = [0] * len(sizes)  # a tight cache computes long prompts in small steps instead
+    reserved = sum((more + 1) * size.block_bytes for more, size in zip(extra, sizes, strict=True))
+    share = (budget - reserved) / one
     groups = []
-    for size in sizes:
+    for size, more in zip(sizes, extra, strict=True):
         needed = size.blocks_for(length)
-        count = blocks if blocks is not None else int(share * needed) + 1
+        count = blocks if blocks is not None else int(share * needed) + more + 1
         if count < needed + 1:
             raise KVMemoryError(_does_not_fit(sizes, size, length, budget, blocks))
         groups.append(
