@@ -54,7 +54,8 @@ class CpuPlatform(Platform):
     def open(self, device: int = 0, num_threads: int | None = None) -> Device:
         if device != 0:
             raise ValueError(f"The cpu platform has one device, 0; there is no device {device}.")
-        torch.set_num_threads(num_threads or host.physical_cores())
+        # torch's own count already minds OMP_NUM_THREADS and what an earlier engine asked for.
+        torch.set_num_threads(num_threads or min(host.physical_cores(), torch.get_num_threads()))
         return HostDevice()
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:

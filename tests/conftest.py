@@ -1,8 +1,12 @@
-"""Lets tests import `helpers.…` from this folder, which is no package."""
+"""Lets tests import `helpers.…` from this folder, which is no package, and sets the threads."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+# Tiny models gain nothing from a second thread, and processes side by side lose a lot. Before
+# torch is imported; processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
