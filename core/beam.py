@@ -126,7 +126,7 @@ class BeamSearch:
         if len(self._hypotheses) < self._params.beam_width:
             return True
         num_generated = length - self._children[0].num_prompt
-        best_possible = best_running / num_generated**self._params.length_penalty
+        best_possible: float = best_running / num_generated**self._params.length_penalty
         return best_possible > self._hypotheses[-1].score
 
     def _continue_with(self, winners: list[_Candidate]) -> None:

@@ -20,9 +20,10 @@ from .kv.manager import KVManager
 from .kv.sequence import Hit
 from .plan import BlockAppend, NewRow, StepOutput, StepPlan
 from .policies import choose_policy
-from .request import Request, Status
+from .request import Request
 from .sequences import Sequences, StepInFlight
-from .types import FinishReason, PositionLogprobs
+from .settlement import Settlement
+from .types import FinishReason
 
 if TYPE_CHECKING:
     from .config import CacheConfig, SchedulerConfig
@@ -51,9 +52,9 @@ class Scheduler:
         key = choose_policy(config.policy)
         self.sequences = Sequences(self.kv, key, config.max_num_seqs, clock)
         self.admission = Admission(config, self.kv, self.sequences.queue)
+        self.settlement = Settlement(self.kv, self.sequences, self.admission.quarantine)
         self._next_step = 0
         self._budget = 0
-        self._outputs: list[SequenceOutput] = []
         self._num_prompt_tokens = 0
         self._last_step_tokens = 0
 
@@ -77,7 +78,7 @@ class Scheduler:
 
         The final outputs come with the next `update` or `drain_outputs`.
         """
-        self._end_request(request_id, FinishReason.ABORT)
+        self.settlement.end_request(request_id, FinishReason.ABORT)
 
     def finish(self, request_id: str, index: int, at_token: int) -> None:
         """A stop was found outside: keep `at_token` generated tokens, discard and do not bill the
@@ -85,7 +86,7 @@ class Scheduler:
         for child in self.sequences.by_id.get(request_id, ()):
             if child.index == index and not child.origin.beam:
                 self.sequences.num_tokens_kept -= child.truncate(at_token)
-                self._end(child, FinishReason.STOP)
+                self.settlement.end(child, FinishReason.STOP)
                 return
 
     # ---------------------------------------------------------------- planning
@@ -268,9 +269,8 @@ class Scheduler:
         self, plan: StepPlan, output: StepOutput
     ) -> tuple[list[SequenceOutput], list[BeamOutput]]:
         """Take a step's output; plans are updated in the order they were made."""
-        beams: list[BeamOutput] = []
         if plan.empty:
-            return self.drain_outputs(), beams
+            return self.drain_outputs(), []
         step = self.sequences.in_flight.popleft()
         if not plan.step_id == step.plan.step_id == output.step_id:
             raise RuntimeError(
@@ -278,167 +278,12 @@ class Scheduler:
                 f"step {step.plan.step_id} is due"
             )
         self.sequences.updated_step = plan.step_id
-        if output.error is not None:
-            self._fail_step(step, output.error)
-        elif output.logprobs or output.prompt_logprobs or output.failed:
-            self._take_rows_with_extras(step, output, beams)
-        else:
-            self._take_rows(step, output)
-        self.kv.end_step(plan.step_id)
+        beams = self.settlement.settle(step, output)
         return self.drain_outputs(), beams
-
-    def _take_rows(self, step: StepInFlight, output: StepOutput) -> None:
-        """The hot loop: rows that yielded tokens and nothing else."""
-        plan = step.plan
-        for request, start, count, emits, tokens in zip(
-            step.requests, plan.starts, plan.counts, plan.emits, output.tokens, strict=True
-        ):
-            if request.status is Status.FINISHED:
-                continue  # it ended while this step was in flight: its output is discarded
-            self._settle(step, request, start + count, emits)
-            if emits:
-                self._take_tokens(step, request, tokens)
-
-    def _take_rows_with_extras(
-        self, step: StepInFlight, output: StepOutput, beams: list[BeamOutput]
-    ) -> None:
-        """The same where some rows failed or report log-probabilities."""
-        plan = step.plan
-        for i, request in enumerate(step.requests):
-            if request.status is Status.FINISHED:
-                continue
-            if i in output.failed:
-                self._fail_row(request)
-                continue
-            self._settle(step, request, plan.starts[i] + plan.counts[i], plan.emits[i])
-            logprobs = output.logprobs.get(i)
-            if plan.emits[i] and not request.yields:
-                assert request.controller is not None and logprobs
-                result = request.controller.reported(request, logprobs)
-                beams += [result] if result else []
-                continue
-            prompt_logprobs = self._fresh_prompt_logprobs(
-                request, plan.starts[i], output.prompt_logprobs.get(i)
-            )
-            if plan.emits[i]:
-                tokens = output.tokens[i]
-                self._take_tokens(step, request, tokens, logprobs, prompt_logprobs)
-            elif prompt_logprobs:
-                self._emit(request, [], None, prompt_logprobs)
-
-    def _settle(self, step: StepInFlight, request: Request, end: int, emits: bool) -> None:
-        """The first `end` tokens of the sequence are in the cache, unless it gave up its blocks
-        after the step was planned."""
-        if step.stale and request in step.stale:
-            return
-        if request.controller is not None:
-            # Before the commit: what is forked off may need a block that now leaves the window.
-            request.controller.computed(request, end)
-        if end >= request.kv.next_commit:
-            self.kv.commit(request.kv, request.tokens, end)
-        if emits:
-            request.num_verified = end
-
-    def _take_tokens(
-        self,
-        step: StepInFlight,
-        request: Request,
-        tokens: list[int],
-        logprobs: list[PositionLogprobs] | None = None,
-        prompt_logprobs: list[PositionLogprobs] | None = None,
-    ) -> None:
-        """A row yielded 0 … k tokens. Those behind a stop are discarded."""
-        if request in step.void:
-            return
-        request.num_pending -= request.yields
-        reason, kept = None, 0
-        for token in tokens:
-            reason = request.append(token)
-            kept += 1
-            if reason is not None:
-                break
-        if kept == 0:
-            self._step_back(request)
-        elif kept < len(tokens):
-            tokens = tokens[:kept]
-            logprobs = logprobs and logprobs[:kept]
-        self.sequences.num_tokens_kept += kept
-        final = self._emit(request, tokens, logprobs, prompt_logprobs)
-        if reason is not None:
-            final.finish_reason, final.stop_reason = reason, request.stop_reason
-            self.sequences.end(request, reason)
-            self.admission.quarantine.served(request.origin)
-
-    def _step_back(self, request: Request) -> None:
-        """A row that was to yield did not: its last token is computed again, and what later steps
-        make of the token that never came is void."""
-        if request.status is Status.RUNNING and self.sequences.is_in_flight(request):
-            for later in self.sequences.in_flight:
-                later.void.add(request)
-                later.stale.add(request)
-            request.num_pending = 0
-        request.num_computed = min(request.num_computed, len(request.tokens) - 1)
-
-    def _fresh_prompt_logprobs(
-        self, request: Request, start: int, found: list[PositionLogprobs] | None
-    ) -> list[PositionLogprobs] | None:
-        """Those that were not reported yet: after a preemption the prompt is computed again."""
-        if not found:
-            return None
-        fresh = found[max(0, request.num_prompt_logprobs - start) :]
-        request.num_prompt_logprobs = max(request.num_prompt_logprobs, start + len(found))
-        return fresh or None
-
-    # ---------------------------------------------------------------- ends and outputs
-
-    def _fail_row(self, request: Request) -> None:
-        """NaN logits: the blocks may hold NaN, so they leave the index and are scrubbed."""
-        self.kv.taint(request.kv, request.num_verified)
-        message = "The model's logits were not finite for this sequence; nothing of it is cached."
-        self._end(request, FinishReason.ERROR, message)
-
-    def _fail_step(self, step: StepInFlight, error: str) -> None:
-        """The forward raised: all requests of the step end, and what they wrote is not trusted."""
-        for request in step.requests:
-            self.kv.taint(request.kv, request.num_verified)
-        for request in step.requests:
-            if request.request_id in self.sequences.by_id and not request.finished:
-                self.admission.quarantine.failed(request.origin)
-                self._end_request(request.request_id, FinishReason.ERROR, error)
-
-    def _end_request(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
-        for child in self.sequences.by_id.get(request_id, [])[:]:
-            if not child.finished:  # the end of one beam is the end of all
-                self._end(child, reason, error)
-
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        self.sequences.end(request, reason)
-        final = self._emit(request, [], None, None)
-        final.finish_reason, final.error = reason, error
-        if request.origin.beam is not None:
-            final.index = 0  # a search has one output
-
-    def _emit(
-        self,
-        request: Request,
-        tokens: list[int],
-        logprobs: list[PositionLogprobs] | None,
-        prompt_logprobs: list[PositionLogprobs] | None,
-    ) -> SequenceOutput:
-        output = SequenceOutput(
-            request.request_id, request.index, tokens, logprobs, prompt_logprobs
-        )
-        output.num_preemptions = request.num_preemptions
-        if not request.reported_cached:
-            request.reported_cached = True
-            output.num_cached = request.num_cached
-        self._outputs.append(output)
-        return output
 
     def drain_outputs(self) -> list[SequenceOutput]:
         """Outputs that came up outside an update: of aborted and finished sequences."""
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        return self.settlement.drain_outputs()
 
     # ---------------------------------------------------------------- state
 

@@ -39,8 +39,8 @@ class BlockPool:
         self.tainted: set[int] = set()
         # Circular, intrusive; entry 0 (never a free block) is the sentinel: its next is the
         # block to allocate first, its previous the one to allocate last.
-        self._next = [*range(1, num_blocks), 0]
-        self._previous = [num_blocks - 1, *range(num_blocks - 1)]
+        self._next: list[int] = [*range(1, num_blocks), 0]
+        self._previous: list[int] = [num_blocks - 1, *range(num_blocks - 1)]
 
     @property
     def num_used(self) -> int:

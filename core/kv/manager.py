@@ -274,8 +274,9 @@ class KVManager:
         for block in shared[first:]:
             group.pool.acquire(block)
         target.tables[g] = shared
-        target.published[g] = min(source.published[g], num_full)
         target.freed[g] = min(first, num_full)
+        # What lies before the window is not the target's to publish, published or not.
+        target.published[g] = max(target.freed[g], min(source.published[g], num_full))
         if rest:
             partial = source.tables[g][num_full]
             group.pool.acquire(partial)
