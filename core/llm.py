@@ -316,6 +316,6 @@ def _as_batch(prompts: Any) -> tuple[Iterable[PromptInput], int | None]:
 
 
 def _final(params: SamplingParams) -> SamplingParams:
-    if params.output_kind is OutputKind.FINAL_ONLY:
+    if params.output_kind == OutputKind.FINAL_ONLY:
         return params
     return dataclasses.replace(params, output_kind=OutputKind.FINAL_ONLY)

@@ -85,7 +85,7 @@ class SequenceState:
             stop_reason=self.stop_reason,
         )
         self.num_unsent = 0
-        if kind is OutputKind.DELTA:
+        if kind == OutputKind.DELTA:
             self.pieces, self.token_ids, self.logprobs = [], [], []
         else:
             self.pieces, self.token_ids = [result.text], list(self.token_ids)
@@ -185,12 +185,12 @@ class RequestState:
         """Whether an output is to be sent now."""
         if self.finished:
             return True
-        if self._kind is OutputKind.FINAL_ONLY:
+        if self._kind == OutputKind.FINAL_ONLY:
             return False
         return any(map(self._is_due, self._changed.values()))
 
     def emit(self) -> RequestOutput:
-        delta = self._kind is OutputKind.DELTA
+        delta = self._kind == OutputKind.DELTA
         chosen = [s for _, s in sorted(self._changed.items())] if delta else self._sequences
         prompt_logprobs = None
         if self._params.prompt_logprobs is not None and not (delta and self._prompt_sent):

@@ -60,7 +60,7 @@ class RequestStream:
         self.request_id = request_id
         self.prompt_token_ids = prompt_token_ids
         self.mailbox: Mailbox[RequestOutput] = Mailbox(
-            merge_deltas if kind is OutputKind.DELTA else take_newer
+            merge_deltas if kind == OutputKind.DELTA else take_newer
         )
         self._abandon = abandon
         self._done = False

@@ -194,7 +194,8 @@ class EngineLink:
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineDeadError(error.message))
-        self._on_death(error)
+        if not self._closing:
+            self._on_death(error)
 
 
 def _settle(

@@ -124,11 +124,10 @@ def _run(launch: Launch, context: zmq.Context[zmq.Socket[bytes]]) -> int:
 
 
 def _shake_hands(inbox: zmq.Socket[bytes], outbox: zmq.Socket[bytes]) -> None:
-    """Once both sides have heard each other the parent removes the sockets' names, so that
-    nothing is left behind however either of them ends."""
+    """Returns once both sockets are connected."""
+    outbox.send(HELLO)
     if inbox.recv() != HELLO:
         raise RuntimeError("the first message was not the parent's greeting")
-    outbox.send(HELLO)
 
 
 def _die_with_parent(parent_pid: int) -> None:

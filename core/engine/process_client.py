@@ -63,19 +63,13 @@ class ProcessClient:
     def start(cls, args: EngineArgs) -> Self:
         """Start the process. Follow with `wait_ready`, and whatever happens with `close`."""
         client = cls(args)
-        client._to_engine.send(HELLO)
         client._watcher.start()
         client._started.wait()
         return client
 
     def wait_ready(self) -> EngineInfo:
         """Blocks until the model is loaded. Raises the engine's own error, as the class it is."""
-        greeted = False
-        while not greeted and self._death is None:
-            ready = dict(self._poller.poll(1000))
-            greeted = self._from_engine in ready and self._from_engine.recv() == HELLO
-        # Both sides are connected: the names have served, and nothing can be left behind.
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._shake_hands()
         self._settled.wait()
         if self._info is None:
             raise self._death or EngineDeadError("the engine process ended while it started")
@@ -97,7 +91,11 @@ class ProcessClient:
         with self._send_lock:
             if self._death is not None or self._closed:
                 raise self._death or EngineDeadError("the engine is closed")
-            self._to_engine.send_multipart(frames)
+            try:
+                # Without a limit this only fails when the peer is gone; the pipe will tell why.
+                self._to_engine.send_multipart(frames, zmq.NOBLOCK)
+            except zmq.Again as error:
+                raise EngineDeadError("the engine process has just ended") from error
 
     def poll(self, timeout: float | None) -> FromEngine | None:
         dead = self._death
@@ -143,6 +141,19 @@ class ProcessClient:
             self._closed = True
             self._context.destroy(linger=0)
         os.close(self._wake)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _shake_hands(self) -> None:
+        """Once both sockets are connected their names have served: they are removed, and nothing
+        can be left behind, however either side ends."""
+        heard = False
+        while self._death is None:
+            if not heard:
+                ready = dict(self._poller.poll(1000))
+                heard = self._from_engine in ready and self._from_engine.recv() == HELLO
+            elif self._to_engine.poll(100, zmq.POLLOUT):
+                self._to_engine.send(HELLO)
+                break
         shutil.rmtree(self._directory, ignore_errors=True)
 
     # ------------------------------------------------------------ the thread beside the process
