@@ -165,6 +165,7 @@ def test_absent_shards_are_all_named(copy_of: Callable[..., Path]) -> None:
     for victim in victims:
         victim.unlink()
     message = error_of(path)
+    assert "names files that are not there" in message
     assert all(victim.name in message for victim in victims)
 
 

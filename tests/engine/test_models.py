@@ -230,3 +230,20 @@ def test_config_json_is_what_transformers_writes() -> None:
 def test_binder_without_a_device_only_sizes() -> None:
     with pytest.raises(Exception, match="only size"):
         _ = OpBinder(CpuPlatform()).device
+
+
+def test_step_views_begin_at_fixed_addresses() -> None:
+    """A captured graph reads the same memory whatever the step's length."""
+    buffers = Harness(CpuPlatform(), model_path("mistral")).buffers
+
+    def addresses() -> list[int]:
+        views = [buffers.token_ids, buffers.positions, *(g.slots for g in buffers.groups)]
+        return [view.data_ptr() for view in views]
+
+    whole = addresses()
+    buffers.begin(5)
+    assert addresses() == whole
+    assert buffers.token_ids.shape == (5,) and buffers.positions.shape == (1, 5)
+    assert buffers.groups[0].slots.shape == (5,) and buffers.groups[0].metadata is None
+    with pytest.raises(ValueError, match="129 tokens; the buffers hold 128"):
+        buffers.begin(129)
