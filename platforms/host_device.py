@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -77,7 +78,8 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if size == 0:
         return torch.zeros(tuple(shape), dtype=dtype)
     pages = mmap.mmap(-1, size)  # the tensor keeps it alive
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
