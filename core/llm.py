@@ -13,7 +13,8 @@ from .args import DEFAULT_MODEL, EngineArgs
 from .engine.inproc import InprocClient
 from .engine.intake import Intake, PromptInput
 from .engine.messages import AbortRequests, AddRequests, EngineRequest, StepMessage
-from .errors import EngineDeadError, InvalidRequestError
+from .errors import ConfigError, EngineDeadError, InvalidRequestError
+from .executor import UniExecutor
 from .outputs import OutputProcessor
 from .progress import ProgressBar
 from .sampling_params import BeamSearchParams, OutputKind, SamplingParams
@@ -201,8 +202,12 @@ class LLM:
         return self._client.engine.scheduler.reset_prefix_cache()
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
-        """`function(model)` on each rank's model in this process (a callable crosses no border)."""
-        return [function(self._client.engine.executor.model)]
+        """`function(model)`, one result a rank. Raises `ConfigError` for a model whose ranks are
+        other processes: a callable crosses no border."""
+        executor = self._client.engine.executor
+        if not isinstance(executor, UniExecutor):
+            raise ConfigError("apply_model needs the model in this process: one rank only.")
+        return [function(executor.model)]
 
     def close(self) -> None:
         """Free the model, its memory and its processes. May be called again."""

@@ -116,7 +116,9 @@ class Intake:
             case str():
                 return self._of_text(prompt, True)
             case {"prompt_token_ids": ids, **others}:
-                return Prompt.of_tokens(self._checked_ids(ids), others.get("prompt"))
+                written = others.get("prompt")
+                text = written if isinstance(written, str) else None
+                return Prompt.of_tokens(self._checked_ids(ids), text)
             case {"prompt": str(text), **others}:
                 return self._of_text(text, bool(others.get("add_special_tokens", True)))
             case Mapping() | bytes():
