@@ -245,14 +245,29 @@ def test_a_sequence_does_not_depend_on_its_batch_beyond_rounding() -> None:
     check(BASE, found[[0, 2]], expected[[0, 2]])
 
 
-def test_the_step_is_few_calls_whatever_the_batch() -> None:
-    program = Program(BASE, TorchPagedAttention())
-    lengths = [100 + program.random.randrange(10) for _ in range(24)]
-    batch = AttentionBatch(
-        list(range(25)), lengths, torch.ones(24, 7, dtype=torch.int32), torch.zeros(24).long()
-    )
-    plan: Any = program.impl.plan(BASE, batch)
-    assert len(plan.groups) == 1
+def num_groups(lengths: list[int]) -> int:
+    count = len(lengths)
+    tables = torch.ones(count, 1 + max(lengths) // BASE.block_size, dtype=torch.int32)
+    slots = torch.zeros(count, dtype=torch.int64)
+    batch = AttentionBatch(list(range(count + 1)), lengths, tables, slots)
+    plan: Any = TorchPagedAttention().plan(BASE, batch)
+    return len(plan.groups)
+
+
+def test_a_step_is_few_calls_and_little_padding() -> None:
+    assert num_groups([100 + i % 10 for i in range(24)]) == 1
+    assert num_groups([10, 1500, 12, 1510, 11]) == 2, "the short ones are not padded to the long"
+
+
+def test_float16_scores_may_exceed_float16() -> None:
+    spec = spec_of("float16 softcap")
+    program = Program(spec, TorchPagedAttention())
+    program.extend(0, 5)
+    for keys in program.kv.tensors[0], program.keys[0]:
+        keys.mul_(8000)
+    found, expected = program.step([(0, 1)])
+    assert expected.isfinite().all()
+    check(spec, found, expected)
 
 
 def test_block_bytes_is_what_the_regions_hold() -> None:

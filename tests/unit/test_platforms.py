@@ -72,11 +72,18 @@ def test_another_signature_is_refused_when_the_class_is_defined() -> None:
                 raise NotImplementedError
 
 
-def test_an_instance_method_in_place_of_a_class_method_is_refused() -> None:
+def test_another_kind_of_method_is_refused() -> None:
     with pytest.raises(TypeError, match="probe"):
 
-        class Wrong(Minimal):
-            def probe(cls) -> Probe:  # type: ignore[override]
+        class Instance(Minimal):
+            def probe(self) -> Probe:  # type: ignore[override]
+                return Probe(1, "")
+
+    with pytest.raises(TypeError, match="probe"):
+
+        class Static(Minimal):
+            @staticmethod
+            def probe() -> Probe:  # type: ignore[override]
                 return Probe(1, "")
 
 
