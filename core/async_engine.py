@@ -143,6 +143,11 @@ class AsyncEngine:
         """False while requests run: their blocks are in use."""
         return bool((await self._link.call("reset_prefix_cache"))["done"])
 
+    async def check(self) -> Mapping[str, int | str | bool]:
+        """The engine's statistics of this moment and its count of live objects, for leak hunts.
+        It collects garbage first, which takes it some milliseconds."""
+        return await self._link.call("check")
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Tokenise off the event loop; `ContextLengthError` for what can never fit."""
         return await self._off_loop(self._ready().encode, text, add_special_tokens)

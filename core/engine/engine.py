@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -31,6 +32,11 @@ logger = logging.getLogger(__name__)
 
 # There is work, yet nothing to run and nothing in flight: requests wait for something outside.
 BLOCKED_WAIT = 0.01  # seconds
+
+
+def num_objects() -> int:
+    """Objects that Python's collector tracks in this process."""
+    return len(gc.get_objects())
 
 
 class Inbox(Protocol):
@@ -129,12 +135,18 @@ class Engine:
     def _answer(self, call: UtilityCall) -> UtilityResult:
         match call.method:
             case "ping" | "stats":
-                stats = self.scheduler.stats()
-                value = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
-                return UtilityResult(call.call_id, value)
+                return UtilityResult(call.call_id, self._stats())
+            case "check":
+                # For leak hunts: what is still alive once the cycles are collected.
+                gc.collect()
+                return UtilityResult(call.call_id, self._stats() | {"objects": num_objects()})
             case "reset_prefix_cache":
                 return UtilityResult(call.call_id, {"done": self.scheduler.reset_prefix_cache()})
         return UtilityResult(call.call_id, error=f"there is no utility {call.method!r}")
+
+    def _stats(self) -> dict[str, int | str | bool]:
+        stats = self.scheduler.stats()
+        return {name: getattr(stats, name) for name in stats.__dataclass_fields__}
 
     # ------------------------------------------------------------------------------- execute
 

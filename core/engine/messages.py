@@ -121,7 +121,7 @@ class FinishSequence:
 
 @dataclass(frozen=True, slots=True)
 class UtilityCall:
-    """A rare, synchronous question: `stats`, `reset_prefix_cache`, `ping`, `check`."""
+    """A rare, synchronous question: `ping`, `stats`, `check`, `reset_prefix_cache`."""
 
     call_id: int
     method: str
