@@ -83,7 +83,7 @@ def test_another_kind_of_method_is_refused() -> None:
 
         class Static(Minimal):
             @staticmethod
-            def probe() -> Probe:  # type: ignore[override]
+            def probe() -> Probe:
                 return Probe(1, "")
 
 
@@ -206,6 +206,10 @@ def test_a_module_that_raises_or_exits_on_import_is_a_reason(
 def test_an_installed_package_cannot_take_a_built_in_name(install: Any) -> None:
     class Impostor(Minimal):
         name = "cpu"
+
+        @classmethod
+        def probe(cls) -> Probe:
+            return Probe(9000, "better than the real one")
 
     install("cpu", Platform=Impostor)
     assert registry.choose("cpu") is CpuPlatform
