@@ -48,7 +48,10 @@ class HTTPServer(uvicorn.Server):
 
 
 class Service:
-    """The server, its engine and their life. `run` returns the exit status."""
+    """The server, its engine and their life. `run` returns the exit status; `clean` tells
+    whether everything has ended by then."""
+
+    clean = False
 
     def __init__(
         self, engine_args: EngineArgs, args: ServerArgs, sock: socket.socket, keys: KeyRing
@@ -167,6 +170,7 @@ class Service:
             logger.error("the engine did not close cleanly: %s", error)
         self.http.should_exit = True
         await asyncio.wait({http}, timeout=FAREWELL_SECONDS + CLOSE_SECONDS)
+        self.clean = closing.done() and http.done()
         if self.args.uds:
             Path(self.args.uds).unlink(missing_ok=True)
 
@@ -192,16 +196,15 @@ def serve(engine_args: EngineArgs, args: ServerArgs, sock: socket.socket) -> int
     """Runs the server on a socket that listens already; returns the exit status."""
     log = logs.configure(read_environment().log_level or args.log_level, args.log_format)
     out = logs.DroppingHandler(sys.stdout)
+    clean = True
     try:
-        status = _serve(engine_args, args, sock, log, out)
+        status, clean = _serve(engine_args, args, sock, log, out)
     except TrimaranError as error:
         log.put(f"trimaran: error: {logs.escape(error.message)}")
         status = 1
-    except Exception:
-        logger.exception("the server failed")
-        status = 1
-    if not all([out.finish(), log.finish()]):
-        # A thread hangs in a write that will never end; the interpreter would wait for it.
+    if not all([out.finish(), log.finish(), clean]):
+        # A thread hangs, in a write that never ends or in an engine that does not stop; the
+        # interpreter would wait for it.
         os._exit(status)
     return status
 
@@ -212,16 +215,28 @@ def _serve(
     sock: socket.socket,
     log: logs.DroppingHandler,
     out: logs.DroppingHandler,
-) -> int:
+) -> tuple[int, bool]:
     keys = read_keys(args)
     if not keys and not args.uds and not is_loopback(args.host):
         logger.warning("no --api-key is set: whoever reaches %s may use this server", args.host)
+    services: list[Service] = []
 
     async def main() -> int:
-        service = Service(engine_args, args, sock, keys)
-        service.state.metrics.collector.dropped_lines = lambda: log.dropped + out.dropped
-        return await service.run(out)
+        try:
+            service = Service(engine_args, args, sock, keys)
+            services.append(service)
+            service.state.metrics.collector.dropped_lines = lambda: log.dropped + out.dropped
+            return await service.run(out)
+        except TrimaranError as error:  # a model that cannot be loaded, for one
+            log.put(f"trimaran: error: {logs.escape(error.message)}")
+        except Exception:
+            logger.exception("the server failed")
+        return 1
 
-    factory = uvicorn.Config("", loop="auto").get_loop_factory()
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(main())
+    # Not closed where a thread hangs: closing waits for it.
+    runner = asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory())
+    try:
+        return runner.run(main()), services[0].clean
+    finally:
+        if not services or services[0].clean:
+            runner.close()

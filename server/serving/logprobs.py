@@ -24,6 +24,14 @@ def _text(token_id: int, logprob: Logprob, tokenizer: Tokenizer) -> str:
     return tokenizer.token_text(token_id)
 
 
+def _key(token_id: int, logprob: Logprob, tokenizer: Tokenizer) -> str:
+    """A token as a key: one that is no text by itself is told apart by its bytes."""
+    text = _text(token_id, logprob, tokenizer)
+    if "\N{REPLACEMENT CHARACTER}" not in text:
+        return text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in tokenizer.token_bytes(token_id))
+
+
 def _top(entry: Entry, count: int) -> list[tuple[int, Logprob]]:
     """The `count` most probable of an entry, best first."""
     return sorted(entry.items(), key=lambda item: item[1].rank)[:count]
@@ -66,10 +74,10 @@ def completion_logprobs(
         else:
             text, value = _text(token_id, entry[token_id], tokenizer), _value(entry[token_id])
             top = {
-                _text(other, logprob, tokenizer): _value(logprob)
+                _key(other, logprob, tokenizer): _value(logprob)
                 for other, logprob in _top(entry, count)
             }
-            top.setdefault(text, value)
+            top.setdefault(_key(token_id, entry[token_id], tokenizer), value)
         tokens.append(text)
         values.append(value)
         tops.append(top)
