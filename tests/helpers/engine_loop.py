@@ -99,14 +99,16 @@ class Loop:
 
 
 @contextmanager
-def open_loop(model: str, **args: Any) -> Iterator[Loop]:
+def open_loop(variant: str, **args: Any) -> Iterator[Loop]:
     """A loop over a tiny model in fp32; `args` are fields of EngineArgs."""
     values: dict[str, Any] = {
-        "model": str(tiny_models.model_path(model)),
+        "model": str(tiny_models.model_path(variant)),
         "dtype": "float32",
         "max_model_len": "256",
         "max_num_seqs": 64,
         "kv_cache_memory_bytes": "64M",
+        # A second thread gains nothing on models this small, and spins where cores are shared.
+        "num_threads": 1,
     }
     loop = Loop(resolve(EngineArgs(**(values | args))))
     try:

@@ -35,6 +35,7 @@ def generate(model: Any, token_ids: Tensor, count: int, **options: Any) -> Any:
         "return_dict_in_generate": True,
         "output_logits": True,
     }
+    torch.set_num_threads(1)  # models this small gain nothing from a second one
     with torch.inference_mode():
         return model.generate(
             token_ids,
