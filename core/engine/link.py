@@ -20,7 +20,7 @@ from .messages import StepMessage, UtilityCall, UtilityResult
 logger = logging.getLogger(__name__)
 
 POLL_TIME = 1.0  # seconds
-PING_AFTER = 5.0  # seconds of silence
+PING_AFTER = 1.0  # seconds of silence
 PING_ID = 0
 
 # The engine's modules are heavy (the runner), and ZeroMQ is an extra of the server: each program
@@ -45,7 +45,7 @@ class EngineLink:
         self._calls: dict[int, asyncio.Future[UtilityResult]] = {}
         self._last_call = PING_ID
         self._last_heard = 0.0
-        self._pinged = False
+        self._pinged: float | None = None  # since when a ping is unanswered
         self._closing = False
         self._go = threading.Event()
 
@@ -157,7 +157,7 @@ class EngineLink:
                 if message is None:
                     self._watch(client)
                     continue
-                self._last_heard, self._pinged = time.monotonic(), False
+                self._last_heard, self._pinged = time.monotonic(), None
                 if isinstance(message, StepMessage):
                     self._tell(self._on_step(message))
                 else:
@@ -170,13 +170,15 @@ class EngineLink:
 
     def _watch(self, client: EngineClient) -> None:
         """Ping after some silence; an engine that does not answer for long is stuck."""
-        silence = time.monotonic() - self._last_heard
-        if not self._pinged and silence > min(PING_AFTER, self._watchdog / 4):
-            self._pinged = True
-            client.send(UtilityCall(PING_ID, "ping"))
-        kill = getattr(client, "kill", None)  # an engine in this thread cannot be stuck here
-        if kill is not None and self._pinged and silence > self._watchdog:
-            kill(f"the engine was stuck: no sign of life for {silence:.0f} s")
+        now = time.monotonic()
+        if self._pinged is None:
+            if now - self._last_heard > PING_AFTER:
+                self._pinged = now
+                client.send(UtilityCall(PING_ID, "ping"))
+        elif now - self._pinged > self._watchdog:
+            kill = getattr(client, "kill", None)  # an engine in this thread answers or is stuck
+            if kill is not None:
+                kill(f"the engine was stuck: no answer for {now - self._pinged:.0f} s")
 
     def _tell(self, callback: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed before the engine

@@ -80,7 +80,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)  # the parent asks a stuck engine where it stands
-    line = sys.stdin.buffer.readline()
+    line = _read_line()
     if not line:  # the parent ended before it could say anything
         return 0
     launch = decode_launch(line)
@@ -139,11 +139,23 @@ def _die_with_parent(parent_pid: int) -> None:
 
 
 def _watch_parent(launch: Launch, inbox: ZmqInbox) -> None:
-    sys.stdin.buffer.read()  # returns when the parent's end closes
+    while os.read(0, 4096):  # nothing more is sent: this returns when the parent's end closes
+        pass
     shutil.rmtree(launch.directory, ignore_errors=True)
     inbox.close()
     threading.Event().wait(GRACE)  # a main thread that ends takes this one with it
     os._exit(1)
+
+
+def _read_line() -> bytes:
+    """Unbuffered: a thread that waits in a buffered reader would spoil the interpreter's end."""
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 65536)
+        if not piece:
+            return b""
+        line += piece
+    return line
 
 
 def _tell(launch: Launch, status: Status) -> None:

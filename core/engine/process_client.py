@@ -91,11 +91,9 @@ class ProcessClient:
         with self._send_lock:
             if self._death is not None or self._closed:
                 raise self._death or EngineDeadError("the engine is closed")
-            try:
-                # Without a limit this only fails when the peer is gone; the pipe will tell why.
+            # Without a limit this only fails when the peer is gone; `poll` will soon tell why.
+            with contextlib.suppress(zmq.Again):
                 self._to_engine.send_multipart(frames, zmq.NOBLOCK)
-            except zmq.Again as error:
-                raise EngineDeadError("the engine process has just ended") from error
 
     def poll(self, timeout: float | None) -> FromEngine | None:
         dead = self._death
