@@ -21,6 +21,7 @@ class ServedModel:
     names: tuple[str, ...] = ()
     index: int = 0
     ready: bool = False
+    down: bool = False  # its engine has died and does not run again yet
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -40,11 +41,14 @@ class ServedModel:
         """Raises `EngineDeadError` unless the engine takes requests."""
         if not self.ready:
             raise EngineDeadError("The model is still loading.")
+        if self.down:
+            raise EngineDeadError("The engine is being started again.")
         self.engine.health()
 
 
 class EngineRouter:
-    """Knows every served model. Raises `ModelNotFoundError` for names it does not know."""
+    """Knows every served model. Raises `ModelNotFoundError` for names it does not know, and
+    `EngineDeadError` for a model whose engine is gone."""
 
     def __init__(self, *models: ServedModel) -> None:
         self._models = list(models)
@@ -62,10 +66,10 @@ class EngineRouter:
                 code="model_loading",
                 headers={"retry-after": "2"},
             )
-        if name is None and len(self._models) == 1:
-            return self._models[0]
         for model in self._models:
-            if name in model.names:
+            if name in model.names or (name is None and len(self._models) == 1):
+                if model.down:
+                    raise EngineDeadError("The engine is being started again.")
                 return model
         known = ", ".join(f"`{model.name}`" for model in self._models)
         raise ModelNotFoundError(

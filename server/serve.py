@@ -33,9 +33,10 @@ from .supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-# After the drain, streams that were cut short get this long to pass on their error event.
-FAREWELL_SECONDS = 1.0
-CLOSE_SECONDS = 3.0
+# When the engine is given up, open streams get this long to pass on their error event.
+FAREWELL_SECONDS = 0.5
+# An engine that has not stopped by then goes with this process.
+CLOSE_SECONDS = 3.8
 KILLED = 143  # what a shell reports for SIGTERM
 
 
@@ -73,7 +74,7 @@ class Service:
             proxy_headers=False,
             root_path=args.root_path,
             timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(FAREWELL_SECONDS) + 1,
+            timeout_graceful_shutdown=3,
         )
         self.http = HTTPServer(config)
         self.stop = asyncio.Event()
@@ -116,9 +117,8 @@ class Service:
                 return False
             start.result()
         finally:
-            start.cancel()
+            start.cancel()  # ends the engine by itself; `_shut_down` bounds the time it has
             stop.cancel()
-            await asyncio.wait({start}, timeout=CLOSE_SECONDS)
         self._apply_template()
         self.model.mark_ready()
         return True
@@ -151,7 +151,7 @@ class Service:
             await self._drain()
             return 0
         self.state.draining = True
-        await asyncio.sleep(FAREWELL_SECONDS / 2)
+        await asyncio.sleep(FAREWELL_SECONDS)
         return 1
 
     async def _drain(self) -> None:
@@ -165,11 +165,11 @@ class Service:
     async def _shut_down(self, http: asyncio.Task[None]) -> None:
         self.state.draining = True
         closing = asyncio.ensure_future(self.engine.close())
-        await asyncio.wait({closing}, timeout=CLOSE_SECONDS)
+        # At the same time: uvicorn waits for streams, and they end as the engine does.
+        self.http.should_exit = True
+        await asyncio.wait({closing, http}, timeout=CLOSE_SECONDS)
         if closing.done() and (error := closing.exception()):
             logger.error("the engine did not close cleanly: %s", error)
-        self.http.should_exit = True
-        await asyncio.wait({http}, timeout=FAREWELL_SECONDS + CLOSE_SECONDS)
         self.clean = closing.done() and http.done()
         if self.args.uds:
             Path(self.args.uds).unlink(missing_ok=True)

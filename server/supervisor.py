@@ -44,6 +44,7 @@ class Supervisor:
                 self.model.engine.health()
             except EngineDeadError as error:
                 logger.error("the engine died: %s", error)
+                self.model.down = True
                 if not await self._restart():
                     return
             await asyncio.sleep(POLL_SECONDS)
@@ -62,6 +63,7 @@ class Supervisor:
             try:
                 await self.model.engine.restart()
                 self.on_start()
+                self.model.down = False
             except TrimaranError as error:
                 logger.error("the engine did not start again: %s", error)
                 continue
