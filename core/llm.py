@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Self
 
 from .args import DEFAULT_MODEL, EngineArgs
@@ -229,18 +229,15 @@ class LLM:
         """Results in order; at most a window of requests is open or waits to be read."""
         order: deque[tuple[str, int]] = deque()  # request id, prompt tokens
         tokens = 0
-        more = True
+        upcoming = next(requests, None)
         try:
             with ProgressBar(total, enabled=use_tqdm) as bar:
                 while True:
-                    while more and len(order) < self._window and tokens < self._window_tokens:
-                        request = next(requests, None)
-                        if request is None:
-                            more = False
-                            break
-                        order.append((request.request_id, len(request.prompt)))
-                        tokens += len(request.prompt)
-                        self._send(request)
+                    while upcoming is not None and self._has_room(order, tokens, upcoming):
+                        order.append((upcoming.request_id, len(upcoming.prompt)))
+                        tokens += len(upcoming.prompt)
+                        self._send(upcoming)
+                        upcoming = next(requests, None)
                     if not order:
                         return
                     request_id, length = order[0]
@@ -254,6 +251,11 @@ class LLM:
                     yield self._results.pop(request_id)
         finally:
             self._drop([request_id for request_id, _ in order])
+
+    def _has_room(self, order: Sized, tokens: int, request: EngineRequest) -> bool:
+        """Whether the window takes one more; alone, any request may try."""
+        full = len(order) >= self._window or tokens + len(request.prompt) > self._window_tokens
+        return not (full and order)
 
     def _send(self, request: EngineRequest) -> None:
         self._processor.add(request)
