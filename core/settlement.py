@@ -50,10 +50,9 @@ class Settlement:
         """The same where some rows failed or report log-probabilities."""
         plan = step.plan
         for i, request in enumerate(step.requests):
-            if request.status is Status.FINISHED:
-                continue
             if i in output.failed:
                 self._fail_row(request)
+            if request.status is Status.FINISHED:
                 continue
             self._settle(step, request, plan.starts[i] + plan.counts[i], plan.emits[i])
             logprobs = output.logprobs.get(i)
@@ -137,8 +136,11 @@ class Settlement:
     # ---------------------------------------------------------------- ends and outputs
 
     def _fail_row(self, request: Request) -> None:
-        """NaN logits: the blocks may hold NaN, so they leave the index and are scrubbed."""
+        """NaN logits: the blocks may hold NaN, so they leave the index and are scrubbed, also if
+        the sequence has ended meanwhile."""
         self._kv.taint(request.kv, request.num_verified)
+        if request.finished:
+            return
         message = "The model's logits were not finite for this sequence; nothing of it is cached."
         self.end(request, FinishReason.ERROR, message)
 

@@ -133,7 +133,9 @@ class NullExecutor:
         for group, source, target in plan.copies:
             for slot in range(self.groups[group].block_size):
                 content = self.memory.get((group, source, slot))
-                if content is None:
+                # A parent may fail in the very step before the copy: that NaN lies behind what
+                # the fork reads, and nobody can know of it yet.
+                if content is None or content == NAN:
                     self.memory.pop((group, target, slot), None)
                 else:
                     self.memory[group, target, slot] = content
