@@ -6,6 +6,7 @@ pickled. Needs msgspec, which comes with the `server` extra.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from ..platforms.interface import GroupSpec
 from .config import EngineConfig
-from .resolve import dtype_name
+from .dtypes import dtype_name
 
 _LENGTH = struct.Struct("<Q")
 MAX_FRAME = 1 << 31
@@ -104,9 +105,6 @@ class Link:
         return bytes(parts)
 
     def close(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # never connected, or the other end went first
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # it was never connected, or the other end went first
-            pass
-        finally:
-            self._socket.close()
+        self._socket.close()

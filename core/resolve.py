@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..platforms.interface import Capabilities, Platform
+from ..platforms.interface import Capabilities, MemoryInfo, Platform
 from .config import (
     CacheConfig,
     EngineArgs,
@@ -20,6 +20,7 @@ from .config import (
     PlatformChoice,
     SchedulerConfig,
 )
+from .dtypes import choose_dtype, choose_kv_dtype, dtype_name
 from .errors import ConfigError
 from .model_files import read_generation, read_hf_config, resolve_model_path
 from .models.registry import decoder_spec
@@ -28,11 +29,14 @@ from .platform import make_platform
 from .sizing import (
     GroupSize,
     bytes_for_all,
+    check_free,
+    default_budget,
     longest_that_fits,
     make_cache_groups,
     measure_groups,
     parse_size,
     readable,
+    weight_bytes,
 )
 
 __all__ = ["resolve", "resolve_model_path"]
@@ -41,8 +45,6 @@ logger = logging.getLogger("trimaran.resolve")
 
 HOST_SEQS, DEVICE_SEQS = 64, 256
 HOST_BATCHED_TOKENS, DEVICE_BATCHED_TOKENS = 2048, 8192
-HOST_SHARE = 0.5
-"""Most of a host's free memory that a KV cache takes unasked: others live there too."""
 
 
 def resolve(args: EngineArgs) -> EngineConfig:
@@ -82,10 +84,6 @@ def flat_plan(args: EngineArgs, config: EngineConfig) -> dict[str, Any]:
     }
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @dataclass(frozen=True, slots=True)
 class _Lengths:
     """Tokens: a sequence at most, and a step."""
@@ -95,10 +93,29 @@ class _Lengths:
     num_seqs: int
 
 
+_POSITIVE = (
+    "num_threads",
+    "num_gpu_blocks_override",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+    "tensor_parallel_size",
+)
+
+
+def _check_positive(args: EngineArgs) -> None:
+    for name in _POSITIVE:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)
+
+
 class _Resolution:
     """One pass over the arguments; every method decides one thing."""
 
     def __init__(self, args: EngineArgs, platform: Platform) -> None:
+        _check_positive(args)
         self._args = args
         self._platform = platform
         self._capabilities: Capabilities = platform.capabilities(args.device)
@@ -109,8 +126,9 @@ class _Resolution:
 
     def config(self) -> EngineConfig:
         args = self._args
-        dtype = self._dtype()
-        kv_dtype = self._kv_dtype(dtype)
+        name, known = self._platform.name, self._capabilities
+        dtype = choose_dtype(args.dtype, self._hf_config, known, name)
+        kv_dtype = choose_kv_dtype(args.kv_cache_dtype, dtype, known, name)
         lengths = self._lengths(dtype, kv_dtype)
         cache = self._cache(dtype, kv_dtype, lengths)
         return EngineConfig(
@@ -148,59 +166,21 @@ class _Resolution:
             logprobs_mode=args.logprobs_mode,
         )
 
-    def _dtype(self) -> torch.dtype:
-        """The asked dtype, or for `auto` the checkpoint's if the platform has it natively."""
-        known, asked = self._capabilities.dtypes, self._args.dtype
-        if asked != "auto":
-            if asked not in known:
-                raise ConfigError(
-                    f"Platform {self._platform.name!r} has no {asked}; it has {', '.join(known)}.",
-                    param="dtype",
-                )
-            if known[asked] != "native":
-                logger.info("dtype=%s is %s on this platform", asked, known[asked])
-            return getattr(torch, asked)
-        config = self._hf_config
-        wanted = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        wanted = wanted.removeprefix("torch.")
-        if known.get(wanted) == "native":
-            return getattr(torch, wanted)
-        fallback = "float32"
-        if wanted != "float32" and known.get("bfloat16") == "native":
-            fallback = "bfloat16"
-        logger.info(
-            "dtype=%s: the checkpoint's %s is %s on platform %s",
-            fallback, wanted, known.get(wanted, "unknown"), self._platform.name,
-        )  # fmt: skip
-        return getattr(torch, fallback)
-
-    def _kv_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        asked = self._args.kv_cache_dtype
-        name = dtype_name(dtype) if asked == "auto" else asked
-        known = self._capabilities.kv_dtypes
-        if known and name not in known:
-            raise ConfigError(
-                f"Platform {self._platform.name!r} keeps no {name} KV cache; it keeps "
-                f"{', '.join(known)}.",
-                param="kv_cache_dtype",
-            )
-        return getattr(torch, name)
-
     # -- parallel group ------------------------------------------------------------------------
 
     def _check_ranks(self) -> int:
-        ranks = self._args.tensor_parallel_size
-        if ranks < 1:
-            raise ConfigError(
-                f"tensor_parallel_size is {ranks}; it must be at least 1.",
-                param="tensor_parallel_size",
-            )
+        ranks, device = self._args.tensor_parallel_size, self._args.device
         self._spec.rank_heads(ranks)
-        devices = len(self._platform.probe().devices)
-        if ranks > max(1, devices) and not self._capabilities.unified_memory:
+        name, devices = self._platform.name, self._platform.probe().devices
+        if device not in [info.index for info in devices]:
             raise ConfigError(
-                f"tensor_parallel_size is {ranks}, but platform {self._platform.name!r} has "
-                f"{devices} devices.",
+                f"Platform {name!r} has {len(devices)} devices; device {device} is none of them.",
+                param="device",
+            )
+        if ranks > len(devices) and not self._capabilities.unified_memory:
+            raise ConfigError(
+                f"tensor_parallel_size is {ranks}, but platform {name!r} has {len(devices)} "
+                "devices.",
                 param="tensor_parallel_size",
             )
         return ranks
@@ -222,7 +202,9 @@ class _Resolution:
 
     def _lengths(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> _Lengths:
         args = self._args
-        num_seqs = args.max_num_seqs or (HOST_SEQS if self._on_host else DEVICE_SEQS)
+        num_seqs = args.max_num_seqs or min(
+            HOST_SEQS if self._on_host else DEVICE_SEQS, args.max_num_batched_tokens or DEVICE_SEQS
+        )
         longest = self._spec.max_positions
         asked = args.max_model_len
         if asked is None:
@@ -314,6 +296,7 @@ class _Resolution:
             blocks=args.num_gpu_blocks_override,
         )
         total = sum(g.num_blocks * s.block_bytes for g, s in zip(groups, sizes, strict=True))
+        check_free(total * (self._ranks if self._on_host else 1), self._memory.free)
         logger.info(
             "KV cache: %s a rank, %s",
             readable(total),
@@ -328,32 +311,18 @@ class _Resolution:
         args = self._args
         if args.kv_cache_memory_bytes is not None:
             return parse_size(args.kv_cache_memory_bytes, "kv_cache_memory_bytes")
-        share = args.gpu_memory_utilization
-        if not 0 < share <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization is {share}; it must be in (0, 1].",
-                param="gpu_memory_utilization",
-            )
-        device = self._platform.open(args.device, args.num_threads)
+        return default_budget(
+            self._memory,
+            weight_bytes(self._spec, dtype),
+            share=args.gpu_memory_utilization,
+            on_host=self._on_host,
+            ranks=self._ranks,
+        )
+
+    @functools.cached_property
+    def _memory(self) -> MemoryInfo:
+        device = self._platform.open(self._args.device, self._args.num_threads)
         try:
-            memory = device.memory()
+            return device.memory()
         finally:
             device.close()
-        weights = weight_bytes(self._spec, dtype)
-        if self._on_host:
-            return int((memory.free - weights) * min(share, HOST_SHARE)) // self._ranks
-        return int(min(memory.total * share, memory.free) - weights / self._ranks)
-
-
-def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
-    """Bytes of a model's matrices (norms and biases are lost in the rounding)."""
-    hidden = spec.hidden_size
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    layer = hidden * (heads + 3 * spec.intermediate_size)
-    tables = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
-    return (spec.num_layers * layer + tables) * dtype.itemsize
-
-
-def resolve_tokenizer_path(args: EngineArgs) -> Path:
-    """Where the tokenizer lies: its own directory, or the model's."""
-    return resolve_model_path(args.tokenizer or args.model, args.revision)

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ..platforms.interface import AttentionSpec, KVConstraints, Platform
+from ..platforms.interface import AttentionSpec, KVConstraints, MemoryInfo, Platform
 from .config import CacheGroupConfig
 from .errors import ConfigError, KVMemoryError
 from .models.spec import DecoderSpec, LayerGroup
 from .ops import OpBinder
+
+HOST_SHARE = 0.5
+"""Most of a host's free memory that a KV cache takes unasked: others live there too."""
 
 _SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -177,3 +180,36 @@ def _does_not_fit(
         f"{readable(max(0, budget))} are available. Lower --max-model-len (about {fits} tokens "
         f"fit), or raise --kv-cache-memory-bytes to at least {needed}."
     )
+
+
+def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """Bytes of a model's matrices (norms and biases are lost in the rounding)."""
+    hidden = spec.hidden_size
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    layer = hidden * (heads + 3 * spec.intermediate_size)
+    tables = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
+    return (spec.num_layers * layer + tables) * dtype.itemsize
+
+
+def default_budget(
+    memory: MemoryInfo, weights: int, *, share: float, on_host: bool, ranks: int
+) -> int:
+    """Bytes for one rank's KV cache: what `share` of the memory leaves beside `weights` bytes of
+    the whole model. On a host, where all ranks share what is free, at most HOST_SHARE of it."""
+    if not 0 < share <= 1:
+        raise ConfigError(
+            f"gpu_memory_utilization is {share}; it must be in (0, 1].",
+            param="gpu_memory_utilization",
+        )
+    if on_host:
+        return int((memory.free - weights) * min(share, HOST_SHARE)) // ranks
+    return int(min(memory.total * share, memory.free) - weights / ranks)
+
+
+def check_free(wanted: int, free: int) -> None:
+    """A host would promise more memory than it has, and end the process when it is used."""
+    if wanted > free:
+        raise KVMemoryError(
+            f"The KV cache needs {readable(wanted)}, but only {readable(free)} of memory are free. "
+            "Lower --kv-cache-memory-bytes or --num-gpu-blocks-override."
+        )

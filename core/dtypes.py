@@ -1,0 +1,68 @@
+"""Which element types to compute and to cache in."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..platforms.interface import Capabilities
+from .errors import ConfigError
+
+logger = logging.getLogger("trimaran.resolve")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"{name!r} is no element type.", param="dtype")
+    return found
+
+
+def choose_dtype(
+    asked: str, hf_config: Mapping[str, Any], capabilities: Capabilities, platform: str
+) -> torch.dtype:
+    """The asked dtype, or for `auto` the checkpoint's if the platform has it natively."""
+    known = capabilities.dtypes
+    if asked != "auto":
+        if asked not in known:
+            raise ConfigError(
+                f"Platform {platform!r} has no dtype {asked!r}; it has {', '.join(known)}.",
+                param="dtype",
+            )
+        if known[asked] != "native":
+            logger.info("dtype=%s is %s on platform %s", asked, known[asked], platform)
+        return dtype_of(asked)
+    wanted = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32")
+    wanted = wanted.removeprefix("torch.")
+    if known.get(wanted) == "native":
+        return dtype_of(wanted)
+    # A 16-bit checkpoint stays in 16 bits where the platform is fast at any of them.
+    fallback = "float32"
+    if wanted in ("float16", "bfloat16") and known.get("bfloat16") == "native":
+        fallback = "bfloat16"
+    state = known.get(wanted, "unknown")
+    logger.info(
+        "dtype=%s: the checkpoint's %s is %s on platform %s", fallback, wanted, state, platform
+    )
+    return dtype_of(fallback)
+
+
+def choose_kv_dtype(
+    asked: str, dtype: torch.dtype, capabilities: Capabilities, platform: str
+) -> torch.dtype:
+    """The asked element type of the KV cache, or for `auto` the model's own."""
+    name = dtype_name(dtype) if asked == "auto" else asked
+    known = capabilities.kv_dtypes
+    if known and name not in known:
+        raise ConfigError(
+            f"Platform {platform!r} keeps no {name} KV cache; it keeps {', '.join(known)}.",
+            param="kv_cache_dtype",
+        )
+    return dtype_of(name)
