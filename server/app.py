@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .. import __version__
 from ..core.args import ServerArgs
 from .errors import HTTPError
 from .guards.auth import AuthMiddleware, KeyRing
 from .guards.body import BodyMiddleware
 from .guards.hosts import HostMiddleware, allowed_names, is_loopback
 from .guards.outer import OuterMiddleware
+from .protocol.chat import ChatRequest, TokenizeRequest
+from .protocol.completions import CompletionRequest, DetokenizeRequest
 from .router import EngineRouter
 from .serving.chat import ChatCompletions
 from .serving.completions import Completions
@@ -25,42 +31,70 @@ from .serving.tokens import Tokens
 from .state import ServerState
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+REFERENCE = "#/components/schemas/{model}"
 
 
-def routes(state: ServerState) -> list[Route]:
-    """Every path that is served; all but the probes need a key where keys are set."""
-    probes, tokens = Probes(state), Tokens(state)
-    gets: dict[str, Handler] = {
-        "/v1/models": probes.models,
-        "/v1/models/{model_id:path}": probes.model,
-        "/livez": probes.live,
-        "/readyz": probes.health,
-        "/health": probes.health,
-        "/ping": probes.health,
-        "/version": probes.version,
-        "/load": probes.load,
-        "/metrics": probes.metrics,
-    }
-    posts: dict[str, Handler] = {
-        "/v1/completions": Completions(state).create,
-        "/v1/chat/completions": ChatCompletions(state).create,
-        "/tokenize": tokens.tokenize,
-        "/detokenize": tokens.detokenize,
-    }
-    return [Route(path, handler, methods=["GET"]) for path, handler in gets.items()] + [
-        Route(path, handler, methods=["POST"]) for path, handler in posts.items()
-    ]
+class Routes(FastAPI):
+    """Every path that is served; all but the probes need a key where keys are set.
 
-
-class Routes:
-    """Starlette's router, with this server's errors for what it does not know."""
+    The framework routes and describes (`/openapi.json`). Bodies are read and checked by the
+    handlers, off the event loop; every error goes to the outermost guard, which alone answers it.
+    """
 
     def __init__(self, state: ServerState) -> None:
-        self.router = Router(routes(state), redirect_slashes=False, default=self._not_found)
+        super().__init__(
+            title="Trimaran",
+            version=__version__,
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,
+        )
+        self.router.default = self._not_found
+        self.bodies: dict[str, type[BaseModel]] = {}
+        probes, tokens = Probes(state), Tokens(state)
+        self._get("/v1/models", probes.models)
+        self._get("/v1/models/{model_id:path}", probes.model)
+        for path in ("/readyz", "/health", "/ping"):
+            self._get(path, probes.health)
+        self._get("/livez", probes.live)
+        self._get("/version", probes.version)
+        self._get("/load", probes.load)
+        self._get("/metrics", probes.metrics)
+        self._post("/v1/completions", Completions(state).create, CompletionRequest)
+        self._post("/v1/chat/completions", ChatCompletions(state).create, ChatRequest)
+        self._post("/tokenize", tokens.tokenize, TokenizeRequest)
+        self._post("/detokenize", tokens.detokenize, DetokenizeRequest)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope["app"] = self  # makes the router raise for a wrong method, not answer in plain text
-        await self.router(scope, receive, send)
+    def _get(self, path: str, handler: Handler) -> None:
+        self.add_api_route(path, handler, methods=["GET"], response_model=None)
+        self.add_api_route(
+            path, handler, methods=["HEAD"], response_model=None, include_in_schema=False
+        )
+
+    def _post(self, path: str, handler: Handler, body: type[BaseModel]) -> None:
+        self.bodies[path] = body
+        self.add_api_route(path, handler, methods=["POST"], response_model=None)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Without the framework's own error answers."""
+        return AsyncExitStackMiddleware(self.router)
+
+    def openapi(self) -> dict[str, Any]:
+        """The description, with the request bodies that the handlers validate."""
+        if self.openapi_schema is None:
+            document = super().openapi()
+            models = [(model, "validation") for model in self.bodies.values()]
+            schemas, rest = models_json_schema(models, ref_template=REFERENCE)  # type: ignore[arg-type]
+            components = document.setdefault("components", {}).setdefault("schemas", {})
+            components.update(rest.get("$defs", {}))
+            for (model, _), schema in schemas.items():
+                for path in (path for path, body in self.bodies.items() if body is model):
+                    content = {"application/json": {"schema": schema}}
+                    document["paths"][path]["post"]["requestBody"] = {
+                        "required": True,
+                        "content": content,
+                    }
+        return super().openapi()
 
     @staticmethod
     async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:

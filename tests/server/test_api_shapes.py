@@ -315,3 +315,13 @@ async def test_probes_and_metrics(server):
     server.engine.dead = True
     assert (await server.client.get("/health")).status_code == 503
     assert (await server.client.get("/livez")).status_code == 200
+
+
+async def test_openapi_describes_every_route_and_body(serve):
+    document = (await serve().client.get("/openapi.json")).json()
+    chat = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]
+    schema = chat["content"]["application/json"]["schema"]
+    name = schema["$ref"].rpartition("/")[2]
+    fields = document["components"]["schemas"][name]["properties"]
+    assert {"messages", "temperature", "stream", "tools"} <= fields.keys()
+    assert {"/v1/completions", "/tokenize", "/metrics"} <= document["paths"].keys()
