@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 
 from ..core.args import EngineArgs, ServerArgs
@@ -44,6 +45,8 @@ def run(namespace: argparse.Namespace) -> int:
         from ..server.listen import open_socket
 
         sock = open_socket(args)
+        # Until the server handles signals itself: leaving while modules load is a clean end, too.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         from ..server.serve import serve
     except ImportError as error:
         print(
@@ -52,4 +55,4 @@ def run(namespace: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    return serve(engine_args, args, sock)
+    serve(engine_args, args, sock)

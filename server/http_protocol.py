@@ -74,6 +74,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_timer()
         self._reading_head = False
+        # Bytes are counted as they arrive, but of a request behind another only roughly.
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self.max_header_bytes:
+            self._refuse(431, f"The request's headers exceed {self.max_header_bytes} bytes.")
+            return
         if len(self.headers) > MAX_HEADERS:
             self._refuse(431, f"The request has more than {MAX_HEADERS} headers.")
             return
@@ -100,6 +105,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: int, message: str) -> None:
         if self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Another request's answer is due first; this one would be taken for it.
+            self.transport.abort()
             return
         body = encode(error_body(message, type="invalid_request_error", code="bad_request"))
         head = (

@@ -10,9 +10,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import uvicorn
 
@@ -49,10 +50,7 @@ class HTTPServer(uvicorn.Server):
 
 
 class Service:
-    """The server, its engine and their life. `run` returns the exit status; `clean` tells
-    whether everything has ended by then."""
-
-    clean = False
+    """The server, its engine and their life. `run` returns the exit status."""
 
     def __init__(
         self, engine_args: EngineArgs, args: ServerArgs, sock: socket.socket, keys: KeyRing
@@ -170,7 +168,6 @@ class Service:
         await asyncio.wait({closing, http}, timeout=CLOSE_SECONDS)
         if closing.done() and (error := closing.exception()):
             logger.error("the engine did not close cleanly: %s", error)
-        self.clean = closing.done() and http.done()
         if self.args.uds:
             Path(self.args.uds).unlink(missing_ok=True)
 
@@ -192,21 +189,25 @@ def read_keys(args: ServerArgs) -> KeyRing:
     return KeyRing(keys)
 
 
-def serve(engine_args: EngineArgs, args: ServerArgs, sock: socket.socket) -> int:
-    """Runs the server on a socket that listens already; returns the exit status."""
+def serve(engine_args: EngineArgs, args: ServerArgs, sock: socket.socket) -> NoReturn:
+    """Runs the server on a socket that listens already, and ends the process."""
     log = logs.configure(read_environment().log_level or args.log_level, args.log_format)
     out = logs.DroppingHandler(sys.stdout)
-    clean = True
     try:
-        status, clean = _serve(engine_args, args, sock, log, out)
+        status = _serve(engine_args, args, sock, log, out)
     except TrimaranError as error:
         log.put(f"trimaran: error: {logs.escape(error.message)}")
         status = 1
-    if not all([out.finish(), log.finish(), clean]):
-        # A thread hangs, in a write that never ends or in an engine that does not stop; the
-        # interpreter would wait for it.
-        os._exit(status)
-    return status
+    out.finish()
+    log.finish()
+    # Everything that matters has ended. Taking the interpreter apart would cost seconds, and
+    # for ever where a thread hangs: in a write to a full pipe, or in an engine that does not stop.
+    os._exit(status)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop where it is installed."""
+    return uvicorn.Config("", log_config=None).get_loop_factory()
 
 
 def _serve(
@@ -215,16 +216,14 @@ def _serve(
     sock: socket.socket,
     log: logs.DroppingHandler,
     out: logs.DroppingHandler,
-) -> tuple[int, bool]:
+) -> int:
     keys = read_keys(args)
     if not keys and not args.uds and not is_loopback(args.host):
         logger.warning("no --api-key is set: whoever reaches %s may use this server", args.host)
-    services: list[Service] = []
 
     async def main() -> int:
         try:
             service = Service(engine_args, args, sock, keys)
-            services.append(service)
             service.state.metrics.collector.dropped_lines = lambda: log.dropped + out.dropped
             return await service.run(out)
         except TrimaranError as error:  # a model that cannot be loaded, for one
@@ -233,10 +232,5 @@ def _serve(
             logger.exception("the server failed")
         return 1
 
-    # Not closed where a thread hangs: closing waits for it.
-    runner = asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory())
-    try:
-        return runner.run(main()), services[0].clean
-    finally:
-        if not services or services[0].clean:
-            runner.close()
+    # Never closed: that waits for threads.
+    return asyncio.Runner(loop_factory=_loop_factory()).run(main())

@@ -71,6 +71,11 @@ class RealServer:
         assert self.process.poll() is None, self.output()
         return self
 
+    def listening(self):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+            return True
+        return False
+
     def healthy(self):
         return self.status("/health") == 200
 

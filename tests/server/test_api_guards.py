@@ -7,6 +7,7 @@ import json
 
 import httpx
 import pytest
+from fake_engine import FakeEngine
 
 from trimaran.server.app import Routes
 from trimaran.server.guards.auth import KeyRing
@@ -107,8 +108,8 @@ async def test_no_cors_by_default(serve):
     assert "access-control-allow-origin" not in bad.headers
 
 
-async def exchange(url, request, seconds=5):
-    """Raw bytes to the server, and what it answers until it closes or falls silent."""
+async def exchange(url, request, seconds=5, until=b"HTTP/1.1"):
+    """Raw bytes to the server, and what it answers: one body, or until it closes or is silent."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     answer = b""
@@ -119,7 +120,7 @@ async def exchange(url, request, seconds=5):
         async with asyncio.timeout(seconds):
             while piece := await reader.read(65_536):
                 answer += piece
-                if b"\r\n\r\n" in answer and answer.endswith(b"}"):
+                if until in answer and answer.endswith(b"}"):
                     break
     except (ConnectionError, TimeoutError):
         pass
@@ -179,6 +180,27 @@ async def test_slow_headers_are_not_waited_for(server, monkeypatch):
             for _ in range(3):
                 assert (await client.get("/livez")).status_code == 200
                 await asyncio.sleep(0.15)
+
+
+async def test_the_time_for_headers_is_not_for_answers(serve, monkeypatch):
+    monkeypatch.setattr("trimaran.server.http_protocol.HEADER_SECONDS", 0.2)
+    server = serve(FakeEngine(pause=0.5))
+    async with server.listen() as url, httpx.AsyncClient(base_url=url) as client:
+        assert (await client.post("/v1/completions", json={"prompt": "x"})).status_code == 200
+
+
+@pytest.mark.parametrize("lines", [[b"a: " + b"x" * 70_000], [b"a%d: b" % n for n in range(200)]])
+async def test_later_requests_on_a_connection_have_bounds_too(server, lines):
+    async with server.listen() as url:
+        host, port = url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for request, status in ((head(), b"200"), (head(*lines), b"431")):
+            writer.write(request)
+            answer = await asyncio.wait_for(reader.read(65_536), 5)
+            assert answer.startswith(b"HTTP/1.1 " + status)
+        writer.close()
+        pipelined = await exchange(url, head() + head(*lines), until=b"never")
+        assert pipelined.count(b"HTTP/1.1 200") < 2
 
 
 async def test_smuggling_shapes_are_refused(server):
