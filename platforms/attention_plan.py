@@ -188,8 +188,8 @@ def _slots(spec: AttentionSpec, tables: Tensor, sequence: Tensor, at: Tensor) ->
 
 def folds(spec: AttentionSpec, queries: int) -> bool:
     """Does a group with so many queries go by two plain products, not by the fused call? In
-    bfloat16 oneDNN's products win at every size; elsewhere for few queries. In float16 they would
-    be done in fp32. A softcap the fused call cannot do."""
+    bfloat16 oneDNN's products win at every size; elsewhere for few queries. A softcap the fused
+    call cannot do; without one, float16 may not hold the products."""
     few = queries * (spec.num_heads // spec.num_kv_heads) <= FOLDED_ROWS
     fast = spec.dtype == torch.bfloat16 or (few and spec.dtype != torch.float16)
     return bool(spec.softcap) or fast

@@ -104,10 +104,8 @@ def _by_fused_call(
 def _by_products(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group
 ) -> Tensor:
-    """Scores are rounded to the model's dtype, as eager attention in `transformers` rounds them,
-    except to float16, which may not hold them; all else is fp32."""
-    if spec.dtype == torch.float16:
-        query, key, value = query.float(), key.float(), value.float()
+    """Scores are rounded to the model's dtype, as eager attention in `transformers` rounds them;
+    all else is fp32."""
     batch, queries, kv_heads = group.batch, group.queries, spec.num_kv_heads
     heads = spec.num_heads // kv_heads
     by_head = (batch, queries, kv_heads, heads, spec.head_dim)
@@ -119,4 +117,4 @@ def _by_products(
         scores.view(batch, kv_heads * heads, queries, group.keys).add_(group.mask)
     found = torch.bmm(scores.softmax(dim=-1).to(value.dtype), value)
     found = found.view(batch, kv_heads, heads, queries, spec.head_dim).permute(0, 3, 1, 2, 4)
-    return found.reshape(query.shape).to(spec.dtype)
+    return found.reshape(query.shape)

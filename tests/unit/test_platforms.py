@@ -241,13 +241,16 @@ def test_probing_every_platform_initialises_nothing() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_cpu_takes_the_threads_it_is_given() -> None:
+def test_cpu_takes_the_threads_it_is_given_or_at_most_the_cores() -> None:
     before = torch.get_num_threads()
     try:
+        torch.set_num_threads(host.physical_cores() + 3)
+        CpuPlatform().open()
+        assert torch.get_num_threads() == host.physical_cores()
         CpuPlatform().open(num_threads=1)
         assert torch.get_num_threads() == 1
         CpuPlatform().open()
-        assert torch.get_num_threads() == host.physical_cores()
+        assert torch.get_num_threads() == 1, "an earlier choice stands"
     finally:
         torch.set_num_threads(before)
     with pytest.raises(ValueError, match="no device 3"):
@@ -342,10 +345,10 @@ def test_a_host_copy_arrives_only_when_its_launch_ends(strict: Device) -> None:
         copies.append(strict.to_host(source))
         source.fill_(4.0)
         inside.set()
-        go_on.wait()
+        go_on.wait(timeout=10)
 
     event = strict.launch(work)
-    inside.wait()
+    inside.wait(timeout=10)
     assert copies[0].isnan().all()
     go_on.set()
     event.wait()
