@@ -23,7 +23,9 @@ from .philox import NoiseKey, gumbel_at, gumbel_rows
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
 
-_SHORT = 256
+SHORT = 256
+"""How many candidates are looked at first, where top_k does not say."""
+
 _GROWTH = 16
 _NEVER = float("-inf")
 
@@ -58,13 +60,19 @@ def scale(logits: Tensor, temperature: Tensor) -> Tensor:
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature[:, None])
 
 
-def draw(scaled: Tensor, params: DrawParams, argmax: Callable[[Tensor], Tensor]) -> Drawn:
+def draw(
+    scaled: Tensor,
+    params: DrawParams,
+    argmax: Callable[[Tensor], Tensor],
+    short: int = SHORT,
+) -> Drawn:
     """One token a row of `scaled` logits `[rows, vocab]` (see `scale`). `argmax`: the bound
-    `sample` op, `[rows, vocab]` → int64 `[rows]`, the lowest index of equals."""
+    `sample` op, `[rows, vocab]` → int64 `[rows]`, the lowest index of equals. `short`: how many
+    candidates of a filtered row to look at first; it changes the cost, never the token."""
     token_ids = torch.zeros(len(scaled), dtype=torch.int64, device=scaled.device)
     floor = torch.full((len(scaled),), _NEVER, device=scaled.device)
     rest = params.filtered.nonzero()[:, 0]
-    size = _SHORT
+    size = short
     while len(rest):
         found = _draw_short(_take(scaled, rest), params.select(rest), size)
         token_ids[rest] = found.token_ids

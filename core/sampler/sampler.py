@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...platforms.interface import Device
 from ..plan import NewRow
-from .draw import GREEDY_BELOW, DrawParams, draw, scale
+from .draw import GREEDY_BELOW, SHORT, DrawParams, draw, scale
 from .features import (
     AllowedTokens,
     BadWords,
@@ -33,6 +33,7 @@ from .philox import NoiseKey
 
 _BANNED = float("-inf")
 _LOW_WORD = 0xFFFFFFFF
+_EQUALS = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +126,19 @@ class Sampler:
         top_k, low, high, child, position = to_device(torch.from_numpy(ints)).unbind()
         params = DrawParams(temperature, top_k, top_p, min_p, NoiseKey(low, high, child, position))
         index = None if len(drawn) == len(rows) else to_device(torch.from_numpy(drawn))
-        return _Drawing(index, params)
+        asked = self._ints[0, selected]  # room for top_k and some equals of its last one
+        short = int(np.where(asked > 0, asked + _EQUALS, SHORT).max())
+        return _Drawing(index, params, min(short, SHORT))
 
 
 @dataclass(frozen=True, slots=True)
 class _Drawing:
-    """The rows that are not greedy: their indices in the batch (None: all) and settings."""
+    """The rows that are not greedy: their indices in the batch (None: all) and settings. `short`:
+    how many candidates of each to look at first."""
 
     index: Tensor | None
     params: DrawParams
+    short: int
 
 
 @dataclass(slots=True)
@@ -180,7 +185,7 @@ class StagedSampling:
             return self.argmax(logits)
         index, params = self.drawing.index, self.drawing.params
         scaled = scale(logits if index is None else logits[index], params.temperature)
-        drawn = draw(scaled, params, self.argmax)
+        drawn = draw(scaled, params, self.argmax, self.drawing.short)
         if self.processed_logprobs and self.logprob_index is not None:
             scaled.masked_fill_(scaled < drawn.floor[:, None], _BANNED)
             logits[slice(None) if index is None else index] = scaled

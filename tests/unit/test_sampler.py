@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimaran.core.plan import NewRow, RowSampling
-from trimaran.core.sampler import draw as draw_module
+from trimaran.core.sampler import sampler as sampler_module
 from trimaran.core.sampler.philox import NoiseKey, gumbel_rows
 from trimaran.core.sampler.sampler import Sampled, Sampler
 from trimaran.platforms.host_device import HostDevice
@@ -108,7 +108,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("short", [4, 16, 256])
 def test_draws_match_the_definitions(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(draw_module, "_SHORT", short)
+    monkeypatch.setattr(sampler_module, "SHORT", short)
     rows = range(len(SETTINGS))
     bench = Bench(rows=len(SETTINGS))
     asked = [RowSampling(seed=11 + row, **SETTINGS[row]) for row in rows]
@@ -118,6 +118,41 @@ def test_draws_match_the_definitions(short: int, monkeypatch: pytest.MonkeyPatch
         logits = random_logits(len(SETTINGS), seed=step)
         expected = [reference_token(logits[row], asked[row], 2 + step) for row in rows]
         assert bench.step(rows, logits).token_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5, "top_p": 0.6}, {"top_k": 3}, {"top_p": 0.97}])
+@pytest.mark.parametrize("shape", ["tail", "equals"])
+def test_borders_beyond_the_short_list(
+    settings: dict[str, float], shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The nucleus of a top_k that the first look does not reach, and equals that straddle it."""
+    monkeypatch.setattr(sampler_module, "SHORT", 4)
+    monkeypatch.setattr(sampler_module, "_EQUALS", -1)
+    if shape == "tail":
+        probs = torch.tensor([0.3, 0.25, 0.2, 0.1] + [0.15 / (VOCAB - 4)] * (VOCAB - 4))
+    else:
+        probs = torch.tensor([2.0, 1.5] + [1.0] * 8 + [0.01] * (VOCAB - 10))
+    logits = probs.log()[torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))]
+    bench = Bench(rows=64)
+    asked = [RowSampling(seed=row, **settings) for row in range(64)]
+    for row in range(64):
+        bench.add(row, asked[row])
+    found = bench.step(range(64), logits.expand(64, -1)).token_ids.tolist()
+    kept = _kept_with_equals(logits, settings)
+    for row, token in enumerate(found):
+        noisy = (logits + reference_noise(asked[row], 2)).masked_fill(~kept, -math.inf)
+        assert token == int(noisy.argmax())
+
+
+def _kept_with_equals(logits: Tensor, settings: dict[str, float]) -> Tensor:
+    """Survivors; whoever equals the last one survives with it."""
+    probs = logits.double().softmax(-1)
+    order = probs.sort(descending=True).values
+    if top_k := int(settings.get("top_k", 0)):
+        probs = probs.masked_fill(probs < order[top_k - 1] * (1 - 1e-9), 0)
+    order = probs.sort(descending=True).values
+    border = order[(order.cumsum(-1) >= settings.get("top_p", 1.0) * order.sum() - 1e-12)][0]
+    return probs >= border * (1 - 1e-9) if "top_p" in settings else probs > 0
 
 
 def test_a_large_vocabulary_matches_too() -> None:
