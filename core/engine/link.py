@@ -69,7 +69,8 @@ class EngineLink:
         self._thread.start()
         try:
             return await asyncio.shield(ready)
-        except asyncio.CancelledError:  # nobody waits for the engine any more
+        except asyncio.CancelledError:  # nobody waits for the engine any more, or for its error
+            ready.add_done_callback(lambda future: future.cancelled() or future.exception())
             await asyncio.shield(self.close())
             raise
 

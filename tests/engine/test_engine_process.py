@@ -150,8 +150,9 @@ async def test_signals_to_the_whole_group_leave_the_draining_to_the_parent(model
 async def test_nothing_is_left_behind(model, sockets):
     def count():
         me = psutil.Process()
-        shared = len(os.listdir("/dev/shm"))
-        return me.num_fds(), threading.active_count(), len(me.children()), shared
+        # The loop's own pool grows as it likes.
+        threads = [t.name for t in threading.enumerate() if not t.name.startswith("asyncio")]
+        return me.num_fds(), len(threads), len(me.children()), len(os.listdir("/dev/shm"))
 
     async with running(dummy_args(model)):  # what is made once only is made now
         assert list(sockets.iterdir()) == []  # not even while it runs
@@ -160,10 +161,8 @@ async def test_nothing_is_left_behind(model, sockets):
         pid = pid_of(engine)
         await read(engine, "hello", SamplingParams(max_tokens=3))
     assert gone(pid, 1)
-    fds, threads, children, shared = count()
-    # The loop's own pool may have grown by a thread.
-    assert fds <= before[0] and threads <= before[1] + 2
-    assert (children, shared) == before[2:]
+    await until(lambda: count() <= before)  # threads that were told to end may take a moment
+    assert all(now <= then for now, then in zip(count(), before, strict=True))
 
 
 async def test_same_tokens_in_this_process_and_in_another(model):
