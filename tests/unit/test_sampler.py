@@ -129,7 +129,8 @@ def test_borders_beyond_the_short_list(
     monkeypatch.setattr(sampler_module, "SHORT", 4)
     monkeypatch.setattr(sampler_module, "_EQUALS", -1)
     if shape == "tail":
-        probs = torch.tensor([0.3, 0.25, 0.2, 0.1] + [0.15 / (VOCAB - 4)] * (VOCAB - 4))
+        head = torch.tensor([0.3, 0.25, 0.2, 0.1])
+        probs = torch.cat([head, torch.linspace(0.002, 0.001, VOCAB - 4)])
     else:
         probs = torch.tensor([2.0, 1.5] + [1.0] * 8 + [0.01] * (VOCAB - 10))
     logits = probs.log()[torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0))]
