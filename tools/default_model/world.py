@@ -310,9 +310,11 @@ class Generator:
         """A text without chat, as /v1/completions sends it."""
         draw = self.rng.random()
         if draw < 0.75:
-            relation = _relation(self.rng)
+            relation = self._stated_relation()
             subject = self.rng.choice(list(relation.pairs))
-            phrasing, key = self._statement(relation)
+            phrasing, key = pick_phrasing(
+                self.rng, f"state {relation.name}", relation.statements, self.split
+            )
             prompt = phrasing.format(s=subject)
             prompt = prompt[0].upper() + prompt[1:]
             answer = f" {relation.pairs[subject]}."
@@ -330,11 +332,12 @@ class Generator:
                 return self.plain_text()
         return Conversation("plain text", prompt=prompt, answer=answer, keys=(key,))
 
-    def _statement(self, relation: Relation) -> tuple[str, str]:
-        """An opening; where a relation has only one, the hash of opening and relation decides."""
-        while len(relation.statements) < 2:
+    def _stated_relation(self) -> Relation:
+        """A relation with at least two openings, so that one can be held out."""
+        while True:
             relation = _relation(self.rng)
-        return pick_phrasing(self.rng, f"state {relation.name}", relation.statements, self.split)
+            if len(relation.statements) > 1:
+                return relation
 
 
 _COLOURS = ("red", "blue", "green", "yellow", "pink", "brown", "purple", "orange", "grey", "black")
