@@ -92,6 +92,7 @@ class NullExecutor:
         self.rows: dict[int, Row] = {}
         self.memory: dict[tuple[int, int, int], Content] = {}
         self.in_flight: deque[Flight] = deque()
+        self.drawn: set[tuple[int, int, int]] = set()  # (seed, child, position)
         self.fail_rows = False
         self.fail_step = False
 
@@ -99,6 +100,9 @@ class NullExecutor:
         self._check_shape(plan)
         flight = Flight(plan, StepOutput(plan.step_id, [[] for _ in plan.rows]))
         self._apply_deltas(plan)
+        for new in plan.added:  # what a row starts from was computed in an earlier step
+            start = plan.starts[plan.rows.index(new.row)]
+            self._check_content(self.rows[new.row], start, start)
         self._write(flight)
         self._check_reads(plan)
         self._yield_tokens(flight)
@@ -180,23 +184,27 @@ class NullExecutor:
             row = self.rows[row_id]
             if row.poisoned:
                 continue
+            self._check_content(row, start, start + count)
             for g, group in enumerate(self.groups):
-                window = group.sliding_window
-                first = 0 if window is None else max(0, start - window + 1)
-                table, size = row.tables[g], group.block_size
-                for position in range(first, start + count):
-                    block = table[position // size]
-                    found = self.memory.get((g, block, position % size))
-                    expected = (row.tokens[position], position, row.histories[position])
-                    if found != expected or block == 0:
-                        raise KVError(
-                            f"row {row_id} group {g} position {position} block {block}: "
-                            f"{found}, not {expected}"
-                        )
                 for block in self._read_blocks(row, g, start, start + count):
                     for slot in range(group.block_size):
                         if self.memory.get((g, block, slot)) == NAN:
                             raise KVError(f"block {block} of group {g} still holds NaN")
+
+    def _check_content(self, row: Row, start: int, end: int) -> None:
+        """The cache holds what queries from `start` on read of the positions before `end`."""
+        for g, group in enumerate(self.groups):
+            window = group.sliding_window
+            first = 0 if window is None else max(0, start - window + 1)
+            table, size = row.tables[g], group.block_size
+            for position in range(first, end):
+                block = table[position // size]
+                found = self.memory.get((g, block, position % size))
+                expected = (row.tokens[position], position, row.histories[position])
+                if found != expected or block == 0:
+                    raise KVError(
+                        f"group {g} position {position} block {block}: {found}, not {expected}"
+                    )
 
     def _poison(self, plan: StepPlan, index: int) -> None:
         row = self.rows[plan.rows[index]]
@@ -227,6 +235,9 @@ class NullExecutor:
                 output.logprobs[i] = [top_tokens(row.histories[end], count)]
                 continue
             token = sampled_token(row.sampling.seed, row.sampling.child_index, end)
+            key = (row.sampling.seed, row.sampling.child_index, end)
+            assert key not in self.drawn, f"the token at {key} is drawn twice: its output was lost"
+            self.drawn.add(key)
             row.tokens.append(token)
             row.histories.append(mix(row.histories[-1], token))
             output.tokens[i] = [] if i in output.failed else [token]

@@ -238,14 +238,12 @@ def fork_takes_no_lease(patch: Patch) -> None:
     original = patch.set(KVManager, "_share", share)
 
 
-@mutant(SchedulerMachine)
-def publishes_partial_blocks(patch: Patch) -> None:
-    """A block is published one token before it is full."""
+@mutant(KVMachine)
+def publishes_what_is_not_computed(patch: Patch) -> None:
+    """A block is published as soon as its tokens are known."""
 
     def publish(self: Any, kv: Any, g: int, tokens: list[int], computed: int) -> None:
-        if len(tokens) > computed:
-            computed += 1
-        original(self, kv, g, tokens, min(computed, kv.capacity))
+        original(self, kv, g, tokens, max(computed, min(len(tokens), kv.capacity)))
 
     original = patch.set(KVManager, "_publish", publish)
 
@@ -366,18 +364,6 @@ def preempted_keeps_computed(patch: Patch) -> None:
         if request.status is Status.WAITING:
             request.num_computed = min(computed, 1)
             request.tokens[:] = request.tokens if computed < 3 else request.tokens[:-1]
-
-    original = patch.set(Sequences, "drop_blocks", drop_blocks)
-
-
-@mutant(SchedulerMachine)
-def stale_step_commits(patch: Patch) -> None:
-    """A step of before a preemption confirms blocks that were given since."""
-
-    def drop_blocks(self: Any, request: Request) -> None:
-        original(self, request)
-        for step in self.in_flight:
-            step.stale.discard(request)
 
     original = patch.set(Sequences, "drop_blocks", drop_blocks)
 
