@@ -17,6 +17,7 @@ from trimaran.core.engine.messages import (
     UtilityResult,
 )
 from trimaran.core.errors import EngineDeadError
+from trimaran.core.plan import StepPlan
 from trimaran.core.sampling_params import SamplingParams
 from trimaran.core.types import FinishReason, Prompt
 
@@ -276,3 +277,20 @@ def test_every_message_carries_statistics(tmp_path):
     assert [stats.generation_tokens for stats in seen][:3] == [1, 2, 3]
     assert seen[-1].num_running == 0
     assert FinishReason.LENGTH in [FinishReason(end[0]) for end in loop.ends.values()]
+
+
+def test_work_that_cannot_go_on_is_looked_at_now_and_then(tmp_path, monkeypatch):
+    loop = Loop(tmp_path)
+    loop.add(request("a"))
+    turns = 0
+
+    def nothing():
+        nonlocal turns
+        turns += 1
+        return StepPlan(0)
+
+    monkeypatch.setattr(loop.client.engine.scheduler, "schedule", nothing)
+    deadline = time.monotonic() + 0.5
+    while time.monotonic() < deadline:
+        loop.client.poll(60.0)
+    assert 3 <= turns <= 60  # neither for ever, nor a busy loop

@@ -7,7 +7,7 @@ import pytest
 
 from trimaran.core.errors import InvalidRequestError, ModelLoadError
 from trimaran.core.text.messages import normalise_messages
-from trimaran.core.text.render_pool import MAX_PROCESSES, RenderPool
+from trimaran.core.text.render_pool import MAX_PROCESSES, START_LIMIT, RenderPool
 from trimaran.core.text.sandbox import MAX_CHARS
 from trimaran.core.text.templates import ChatTemplate
 
@@ -182,3 +182,25 @@ def test_templates_of_a_directory_and_errors_that_name_the_file(tmp_path):
     config.write_text(json.dumps({"chat_template": 5}))
     with pytest.raises(ModelLoadError, match="tokenizer_config.json"):
         ChatTemplate.from_path(tmp_path)
+
+
+def test_the_rendered_text_is_bounded_piece_by_piece():
+    source = "{% set x = 'a' * 10**6 %}{% for i in range(40) %}{{ x }}{% endfor %}"
+    with pytest.raises(InvalidRequestError, match="characters"):
+        ChatTemplate(source, isolated=False).render(USER)
+
+
+def test_the_memory_of_the_other_process_is_bounded(pool):
+    with pytest.raises(InvalidRequestError, match="memory"):
+        ChatTemplate("{{ ('a' * 10**9) | length }}", pool=pool).render(USER)
+
+
+@pytest.mark.parametrize("name", ["loops", "power"])
+def test_the_kernel_itself_ends_a_job_that_takes_too_long(name):
+    # So that it ends even if nobody is left to end it; the pool alone would wait much longer.
+    pool = RenderPool(time_limit=0.3)
+    begin = time.monotonic()
+    with pytest.raises(InvalidRequestError, match="ended after"):
+        pool.render(HOSTILE[name], {"messages": USER})
+    assert time.monotonic() - begin < START_LIMIT / 2
+    pool.close()
