@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Protocol
@@ -51,13 +52,13 @@ class Rank:
         self.device: Device = platform.open(
             _device_index(platform, config, group.rank), config.platform.num_threads
         )
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.device.close)
             self.comm = open_group(platform, self.device, group)
+            undo.callback(self.comm.close)
             self.binder = OpBinder(platform, self.device)
             self.runner = self._build(config)
-        except BaseException:
-            self.device.close()
-            raise
+            undo.pop_all()
         self.description = {**platform.describe(), **_bindings(self.binder)}
 
     def _build(self, config: EngineConfig) -> Runner:

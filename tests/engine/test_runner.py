@@ -141,3 +141,22 @@ def test_a_row_with_nan_ends_alone(platform: str) -> None:
     for i in range(4):
         assert found[f"bad{i}", 0].finish_reason is FinishReason.ERROR
         assert found[f"bad{i}", 0].tokens == []
+
+
+def test_two_engines_in_one_process_do_not_mix() -> None:
+    """Different models on different platforms, step by step in turns."""
+    cases = {name: greedy_cases(name, 16, 24)[:4] for name in ("qwen3", "llama2")}
+    with (
+        open_loop("qwen3", **PLATFORMS["cpu"]) as first,
+        open_loop("llama2", **PLATFORMS["strict"]) as second,
+    ):
+        loops = {"qwen3": first, "llama2": second}
+        for name, loop in loops.items():
+            for i, case in enumerate(cases[name]):
+                loop.scheduler.add(greedy(str(i), case.prompt, 24))
+        while any(loop.busy for loop in loops.values()):
+            for loop in loops.values():
+                loop.step()
+        for name, loop in loops.items():
+            for i, case in enumerate(cases[name]):
+                assert loop.found[str(i), 0].tokens == case.tokens

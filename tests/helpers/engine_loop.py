@@ -47,7 +47,7 @@ class Loop:
         self.beams: dict[str, BeamOutput] = {}
         self.largest_batch = 0
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
-        self._found: dict[tuple[str, int], Found] = {}
+        self.found: dict[tuple[str, int], Found] = {}
 
     def run(
         self, requests: Iterable[EngineRequest], *, arrivals: random.Random | None = None
@@ -57,15 +57,19 @@ class Loop:
         waiting = list(requests)
         if arrivals is not None:
             arrivals.shuffle(waiting)
-        self._found = {}
+        self.found = {}
         for _ in range(MAX_STEPS):
             count = len(waiting) if arrivals is None else min(len(waiting), arrivals.randint(0, 3))
             for _ in range(count):
                 self.scheduler.add(waiting.pop(0))
             self.step()
-            if not (waiting or self._in_flight or self.scheduler.has_work):
-                return self._found
+            if not (waiting or self.busy):
+                return self.found
         raise AssertionError(f"unfinished after {MAX_STEPS} steps")
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._in_flight) or self.scheduler.has_work
 
     def step(self) -> None:
         plan = self.scheduler.schedule()
@@ -83,7 +87,7 @@ class Loop:
 
     def _take(self, outputs: list[SequenceOutput], beams: list[BeamOutput]) -> None:
         for output in outputs:
-            found = self._found.setdefault((output.request_id, output.index), Found())
+            found = self.found.setdefault((output.request_id, output.index), Found())
             assert found.finish_reason is None, f"output after the end of {output.request_id}"
             found.tokens += output.token_ids
             found.logprobs += output.logprobs or []
