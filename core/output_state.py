@@ -173,6 +173,7 @@ class RequestState:
             self.prompt_logprobs += output.prompt_logprobs
         self.num_cached = max(self.num_cached, output.num_cached)
         self.metrics.num_preemptions = max(self.metrics.num_preemptions, output.num_preemptions)
+        self.metrics.first_scheduled = self.metrics.first_scheduled or output.first_scheduled
         if output.token_ids:
             self.metrics.first_token = self.metrics.first_token or now
             self.metrics.last_token = now

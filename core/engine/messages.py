@@ -33,7 +33,8 @@ class SequenceOutput:
     """What one sequence of one request gained in one step.
 
     `num_cached` is set on the first output; `finish_reason` on the last. `prompt_logprobs` come
-    in order of position, possibly over several steps.
+    in order of position, possibly over several steps. `first_scheduled`: `time.monotonic()` (one
+    clock for all processes of a host) when a step first took it in; 0.0 where it is not said.
     """
 
     request_id: str
@@ -46,6 +47,7 @@ class SequenceOutput:
     error: str | None = None
     num_cached: int = 0
     num_preemptions: int = 0
+    first_scheduled: float = 0.0
 
 
 @dataclass(slots=True)

@@ -252,3 +252,13 @@ def test_leaving_the_context_frees_every_process_and_file(model):
     with LLM.from_engine_args(dummy_args(model)) as llm:
         llm.chat([{"role": "user", "content": "Hi"}], GREEDY, chat_template="x")
     assert me.num_fds() <= fds and me.children() == children
+
+
+def test_the_default_model_answers():
+    with LLM() as llm:
+        chat = [{"role": "user", "content": "What is the capital of France?"}]
+        (output,) = llm.chat(chat, SamplingParams(max_tokens=32, temperature=0.0))
+        (sequence,) = output.outputs
+        assert sequence.text.strip() and sequence.finish_reason == "stop"
+        assert "<|" not in sequence.text and "\ufffd" not in sequence.text
+        assert llm.get_tokenizer().decode(output.prompt_token_ids).endswith("assistant\n")

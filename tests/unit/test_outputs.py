@@ -184,11 +184,12 @@ def test_prompt_logprobs_come_once_with_deltas(tokenizer):
 
 def test_without_detokenizing_there_is_no_text(tokenizer):
     run = Run(tokenizer, detokenize=False)
-    output = run.step(run.ids("abc"), num_cached=1, num_preemptions=2)
+    output = run.step(run.ids("abc"), num_cached=1, num_preemptions=2, first_scheduled=1.5)
+    run.step(run.ids("d"))
     assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == 3
     assert output.num_cached_tokens == 1
     assert output.metrics.num_preemptions == 2 and output.metrics.arrival == 1.0
-    assert output.metrics.first_token > 0
+    assert output.metrics.first_token > output.metrics.first_scheduled == 1.5
 
 
 def test_an_error_ends_the_sequence_and_says_why(tokenizer):
