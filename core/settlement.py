@@ -103,6 +103,8 @@ class Settlement:
                 break
         if kept == 0:
             self._step_back(request)
+            if not prompt_logprobs:
+                return
         elif kept < len(tokens):
             tokens = tokens[:kept]
             logprobs = logprobs and logprobs[:kept]

@@ -6,7 +6,6 @@ import pytest
 from helpers.null_model import NullEngine, reference_beams
 
 from trimaran.core.sampling_params import BeamSearchParams
-from trimaran.core.types import FinishReason
 
 WINDOWS = [(None,), (6,), (None, 6), (None, 5, 1)]
 
@@ -70,15 +69,3 @@ def test_beam_search_is_that_of_transformers(
         found = engine.beams[request_id]
         assert found.token_ids == [tokens for _, tokens in expected]
         assert found.scores == pytest.approx([score for score, _ in expected])
-
-
-@pytest.mark.parametrize("run_ahead", [0, 1])
-def test_finish_cuts_and_does_not_bill(run_ahead: int) -> None:
-    engine = NullEngine(run_ahead=run_ahead)
-    request = engine.add([1, 2, 3], max_tokens=20, eos=False, seed=2)
-    while (request, 0) not in engine.results or len(engine.results[request, 0].tokens) < 6:
-        engine.step()
-    engine.scheduler.finish(request, 0, 4)
-    engine.run()
-    assert engine.results[request, 0].finish_reason is FinishReason.STOP
-    assert engine.scheduler.stats().generation_tokens == 4
