@@ -130,6 +130,7 @@ class RequestState:
     __slots__ = (
         "_changed",
         "_kind",
+        "_num_open",
         "_params",
         "_prompt_sent",
         "_request",
@@ -147,6 +148,7 @@ class RequestState:
         self._tokenizer = tokenizer
         self._changed: dict[int, SequenceState] = {}
         self._prompt_sent = False
+        self._num_open = params.n
         self.metrics = RequestMetrics(arrival=arrival)
         self.num_cached = 0
         self.prompt_logprobs: list[PositionLogprobs] = []
@@ -163,7 +165,7 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finish_reason is not None for sequence in self._sequences)
+        return self._num_open == 0
 
     def absorb(self, output: SequenceOutput, now: float) -> FinishSequence | None:
         sequence = self._sequences[output.index]
@@ -178,7 +180,10 @@ class RequestState:
             self.metrics.first_token = self.metrics.first_token or now
             self.metrics.last_token = now
         finish = sequence.absorb(output)
-        if output.token_ids or sequence.finish_reason is not None:
+        if sequence.finish_reason is not None:
+            self._num_open -= 1
+            self._changed[output.index] = sequence
+        elif output.token_ids:
             self._changed[output.index] = sequence
         return finish
 
@@ -192,7 +197,9 @@ class RequestState:
 
     def emit(self) -> RequestOutput:
         delta = self._kind == OutputKind.DELTA
-        chosen = [s for _, s in sorted(self._changed.items())] if delta else self._sequences
+        chosen = self._sequences
+        if delta and len(chosen) > 1:
+            chosen = [sequence for _, sequence in sorted(self._changed.items())]
         prompt_logprobs = None
         if self._params.prompt_logprobs is not None and not (delta and self._prompt_sent):
             tail = [decode_logprobs(at, self._tokenizer) for at in self.prompt_logprobs]

@@ -145,6 +145,8 @@ class EngineLink:
             return client
         process = self._client = _load(PROCESS).start(self._args)
         try:
+            if self._closing:
+                raise EngineDeadError("the engine was closed while it started")
             process.wait_ready()
         except BaseException:
             process.close()

@@ -196,16 +196,19 @@ async def test_what_loading_raises_keeps_its_class(model, changes, error, words,
     assert list(sockets.iterdir()) == []
 
 
-async def test_a_start_that_is_cancelled_leaves_no_process(model, sockets):
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_start_that_is_cancelled_leaves_no_process(model, sockets, at_once):
+    before = psutil.Process().children()
     engine = AsyncEngine(dummy_args(model))
     start = asyncio.create_task(engine.start())
-    await until(lambda: engine._link._client is not None and pid_of(engine) > 0)
-    pid = pid_of(engine)
+    await asyncio.sleep(0)
+    if not at_once:
+        await until(lambda: engine._link._client is not None and pid_of(engine) > 0)
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
-    assert gone(pid, 5)
     await engine.close()
+    await until(lambda: psutil.Process().children() == before, 5)
     assert list(sockets.iterdir()) == []
 
 
