@@ -153,6 +153,8 @@ async def test_a_quick_reader_is_not(serve):
         reader, writer = await connect(url, {"prompt": "x", "stream": True, "max_tokens": 400})
         text = await asyncio.wait_for(reader.read(1), 5)
         while not text.endswith(b"[DONE]\n\n\r\n0\r\n\r\n"):
-            text += await asyncio.wait_for(reader.read(4096), 5)
+            piece = await asyncio.wait_for(reader.read(4096), 5)
+            assert piece, "cut off"
+            text += piece
         writer.close()
     assert engine.aborted == []
