@@ -107,6 +107,12 @@ class Sequences:
         rows, self._removed_rows = self._removed_rows, []
         return rows
 
+    def remove_again(self, rows: list[int]) -> None:
+        """A plan that removed `rows` failed, perhaps before it was applied: say it once more."""
+        self._removed_rows += [
+            row for row in rows if row in self._free_rows and row not in self._removed_rows
+        ]
+
     def is_in_flight(self, request: Request) -> bool:
         return request.last_step > self.updated_step
 

@@ -148,6 +148,7 @@ class Settlement:
 
     def _fail_step(self, step: StepInFlight, error: str) -> None:
         """The forward raised: all requests of the step end, and what they wrote is not trusted."""
+        self._sequences.remove_again(step.plan.removed)
         for request in step.requests:
             self._kv.taint(request.kv, request.num_verified)
         for request in step.requests:
