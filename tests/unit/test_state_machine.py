@@ -5,7 +5,7 @@ from __future__ import annotations
 from helpers.machines import KVMachine, SchedulerMachine, quick
 
 TestKVManager = KVMachine.TestCase
-TestKVManager.settings = quick(150, 40)
+TestKVManager.settings = quick(100, 40)
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = quick(150, 40)
+TestScheduler.settings = quick(100, 40)
