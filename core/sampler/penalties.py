@@ -1,9 +1,10 @@
 """Repetition, presence and frequency penalties, counted on the device.
 
-A row that asks owns a slot: how often each token was generated, and which tokens its prompt
-holds. Both are filled once when the row is added (a request that returns after a preemption
-brings its generated tokens along) and then follow the drawn tokens inside the launch, so no step
-reads the history again and none waits for the host.
+A row that asks owns a slot: how often it generated each token. The counts are filled once when
+the row is added (a request that returns after a preemption brings its generated tokens along) and
+then follow the drawn tokens inside the launch, so nothing is recounted and nothing waits for the
+host. Only tokens that the row holds are touched: they stand in the token table, and are few beside
+a vocabulary.
 """
 
 from __future__ import annotations
@@ -19,26 +20,18 @@ from .features import Feature, SampleRows, Staged, Work
 _FIRST_SLOTS = 4
 
 
-class _Counts:
-    """`output`: int32 `[slots, vocab]`, times generated. `prompt`: bool, in the prompt at all."""
-
-    __slots__ = ("output", "prompt")
-
-    def __init__(self, device: Device, slots: int, vocab: int) -> None:
-        self.output = device.alloc((slots, vocab), torch.int32, tag="sampler")
-        self.prompt = device.alloc((slots, vocab), torch.bool, tag="sampler")
-
-
 class Penalties(Feature):
     """All three penalties; slots grow by doubling up to the number of rows that ask."""
 
-    def __init__(self, device: Device, vocab: int) -> None:
+    def __init__(self, device: Device, vocab: int, tokens: Tensor) -> None:
+        """`tokens`: the token table on the device, int32 `[rows, length]`."""
         self._device = device
         self._vocab = vocab
+        self._tokens = tokens
         self._slots: dict[int, int] = {}
         self._settings: dict[int, tuple[float, float, float]] = {}
         self._free: list[int] = []
-        self._counts: _Counts | None = None
+        self._counts: Tensor | None = None  # int32 [slots, vocab], times generated
 
     def add(self, new: NewRow) -> Work | None:
         if not _asks(new.sampling):
@@ -52,17 +45,15 @@ class Penalties(Feature):
             sampling.frequency_penalty,
             sampling.presence_penalty,
         )
-        known = self._device.to_device(torch.tensor(new.token_ids, dtype=torch.int64))
-        counts, num_prompt = self._counts, new.num_prompt
+        generated = torch.tensor(new.token_ids[new.num_prompt :], dtype=torch.int64)
+        output, counts = self._device.to_device(generated), self._counts
         assert counts is not None
 
         def fill() -> None:
             if grow is not None:
                 grow()
-            prompt, output = known[:num_prompt], known[num_prompt:]
-            counts.prompt[slot].zero_()[prompt] = True
             ones = torch.ones_like(output, dtype=torch.int32)
-            counts.output[slot].zero_().index_add_(0, output, ones)
+            counts[slot].zero_().index_add_(0, output, ones)
 
         return fill
 
@@ -73,66 +64,71 @@ class Penalties(Feature):
             del self._settings[row]
 
     def _grow(self) -> Work | None:
-        """Take twice the slots. Queued steps hold the old tensors and finish with them first."""
+        """Take twice the slots. Queued steps hold the old tensor and finish with it first."""
         old = self._counts
-        before = 0 if old is None else len(old.output)
+        before = 0 if old is None else len(old)
         slots = max(_FIRST_SLOTS, 2 * before)
-        self._counts = new = _Counts(self._device, slots, self._vocab)
+        shape = (slots, self._vocab)
+        self._counts = new = self._device.alloc(shape, torch.int32, tag="sampler")
         self._free.extend(range(slots - 1, before - 1, -1))
         if old is None:
             return None
-        old_counts = old
+        counts = old
 
         def copy() -> None:
-            new.output[:before] = old_counts.output
-            new.prompt[:before] = old_counts.prompt
+            new[:before] = counts
 
         return copy
 
     def stage(self, batch: SampleRows) -> Staged | None:
         if not self._slots:
             return None
-        asking = [(i, row) for i, row in enumerate(batch.rows.tolist()) if row in self._slots]
+        rows = batch.rows.tolist()
+        asking = [i for i, row in enumerate(rows) if row in self._slots]
         if not asking:
             return None
         assert self._counts is not None
-        places = np.array([(i, self._slots[row]) for i, row in asking], dtype=np.int64).T
-        settings = np.array([self._settings[row] for _, row in asking], dtype=np.float32).T
-        to_device = self._device.to_device
+        slots = [self._slots[rows[i]] for i in asking]
+        places = np.stack([asking, slots, batch.rows[asking], batch.positions[asking]])
+        settings = np.array([self._settings[rows[i]] for i in asking], dtype=np.float32)
         return _StagedPenalties(
             self._counts,
-            to_device(torch.from_numpy(places.copy())),
-            to_device(torch.from_numpy(settings.copy())),
+            self._tokens[:, : int(batch.positions[asking].max())],
+            self._device.to_device(torch.from_numpy(places)),
+            self._device.to_device(torch.from_numpy(settings)),
         )
 
 
 class _StagedPenalties:
-    """`places`: int64 `[2, asking]`, index in the batch and slot; `settings`: fp32
-    `[3, asking]`, repetition, frequency and presence penalty."""
+    """`tokens`: the token table as far as any asking row reaches; `places`: int64 `[4, asking]`,
+    index in the batch, slot, row and number of tokens; `settings`: fp32 `[asking, 3]`,
+    repetition, frequency and presence penalty."""
 
-    __slots__ = ("_counts", "_places", "_settings")
+    __slots__ = ("_counts", "_places", "_settings", "_tokens")
 
-    def __init__(self, counts: _Counts, places: Tensor, settings: Tensor) -> None:
+    def __init__(self, counts: Tensor, tokens: Tensor, places: Tensor, settings: Tensor) -> None:
         self._counts = counts
+        self._tokens = tokens
         self._places = places
         self._settings = settings
 
     def apply(self, logits: Tensor) -> None:
-        index, slots = self._places
-        repetition, frequency, presence = self._settings[:, :, None]
-        output = self._counts.output[slots]
-        generated = output > 0
-        seen = generated | self._counts.prompt[slots]
-        chosen = logits[index]
-        scaled = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
-        chosen = torch.where(seen, scaled, chosen)
-        chosen -= frequency * output + presence * generated
-        logits[index] = chosen
+        index, slots, rows, lengths = self._places[:, :, None]
+        repetition, frequency, presence = self._settings.T[:, :, None]
+        held = self._tokens[rows[:, 0]].long()  # [asking, longest]
+        columns = torch.arange(held.shape[1], device=held.device)
+        # Whatever stands twice, padding included, is written twice with the same value.
+        held = torch.where(columns < lengths, held, held[:, :1])
+        counts = self._counts[slots, held]
+        chosen = logits[index, held]
+        chosen = torch.where(chosen > 0, chosen / repetition, chosen * repetition)
+        chosen -= frequency * counts + presence * (counts > 0)
+        logits[index, held] = chosen
 
     def accept(self, token_ids: Tensor) -> None:
-        index, slots = self._places
+        index, slots = self._places[:2]
         ones = torch.ones_like(slots, dtype=torch.int32)
-        self._counts.output.index_put_((slots, token_ids[index]), ones, accumulate=True)
+        self._counts.index_put_((slots, token_ids[index]), ones, accumulate=True)
 
 
 def _asks(sampling: RowSampling) -> bool:

@@ -71,7 +71,7 @@ class Sampler:
             BadWords(device, vocab, tokens),
             MinTokens(device, vocab),
             LogitBias(device, vocab),
-            Penalties(device, vocab),
+            Penalties(device, vocab, tokens),
         )
         # By row: temperature, top_p, min_p, and top_k, seed halves, child index.
         self._floats = np.zeros((3, rows), dtype=np.float32)
