@@ -75,8 +75,8 @@ class RankGroup:
         self._changed = threading.Condition()
         self._dead: str | None = None
         self._closing = False
-        self._ready = 0
         self._errors: dict[int, dict[int, str | None]] = {}  # step → rank → its error
+        self._steps: dict[int, StepHandle] = {}  # the first rank's, until they are settled
         self._settled = -1
         self._members = [
             RankProcess(config, GroupSpec(rank, size, self.rendezvous)) for rank in range(1, size)
@@ -112,7 +112,7 @@ class RankGroup:
         self._fail("a rank of the parallel group is gone")
         self.check()
 
-    def wait_ready(self, build: threading.Thread) -> None:
+    def wait_built(self, build: threading.Thread) -> None:
         """Until `build`, the first rank's, is over; raises what another rank died of meanwhile.
         The others need no waiting for: they read their first plan when they are built."""
         with self._changed:
@@ -125,19 +125,27 @@ class RankGroup:
         same way: then the group is still in step, and only that step's requests end."""
         step = output.step_id
         with self._changed:
-            if output.error is None:
-                self._settled = max(self._settled, step)
-                for old in [s for s in self._errors if s <= step]:
-                    del self._errors[old]
-                return output
-            self._changed.wait_for(lambda: self._dead is not None or self._all_failed(step), GRACE)
-            agreed = self._dead is None and self._all_failed(step)
+            if output.error is not None:
+                self._changed.wait_for(
+                    lambda: self._dead is not None or self._all_failed(step), GRACE
+                )
+            expected = self._all_failed(step) if output.error else not self._any_failed(step)
             self._settled = max(self._settled, step)
+            self._steps.pop(step, None)
             self._errors.pop(step, None)
-        if not agreed:
-            self._fail(f"step {step} failed on some ranks only: {output.error}")
+        if not expected:
+            self._fail(f"step {step} failed on some ranks only: {output.error or 'not on rank 0'}")
+        if not expected or output.error is not None:
             self.check()
         return output
+
+    def follow(self, step_id: int, step: StepHandle) -> None:
+        """The first rank runs this step too."""
+        with self._changed:
+            self._steps[step_id] = step
+
+    def _any_failed(self, step: int) -> bool:
+        return any(error is not None for error in self._errors.get(step, {}).values())
 
     def _all_failed(self, step: int) -> bool:
         reports = self._errors.get(step, {})
@@ -161,22 +169,25 @@ class RankGroup:
             self._fail(f"rank {member.rank} of the parallel group cannot start: {report.error}")
             return
         with self._changed:
-            if report.state == "ready":
-                self._ready += 1
-            elif report.step_id > self._settled:
+            late = report.state == "step" and report.step_id <= self._settled
+            if report.state == "step" and not late:
                 self._errors.setdefault(report.step_id, {})[member.rank] = report.error
             self._changed.notify_all()
-        if report.error is not None:
-            self._end_unless_settled(member, report)
+        if report.error is None:
+            return
+        # Where the first rank failed as well, it waited for this report before it settled.
+        if late or not self._comes_to_an_end(report.step_id):
+            self._fail(f"rank {member.rank} failed alone in a step: {report.error}")
 
-    def _end_unless_settled(self, member: RankProcess, report: Report) -> None:
-        """Is the first rank stuck in a collective that this one will never reach?"""
+    def _comes_to_an_end(self, step_id: int) -> bool:
+        """Or is the first rank stuck in a collective that another one will never reach?"""
         deadline = time.monotonic() + GRACE
-        while self._settled < report.step_id and not self._closing:
-            if time.monotonic() > deadline:
-                self._fail(f"rank {member.rank} failed alone in a step: {report.error}")
-                return
+        while time.monotonic() < deadline and not self._closing:
+            step = self._steps.get(step_id)
+            if self._settled >= step_id or (step is not None and step.done()):
+                return True
             time.sleep(0.02)
+        return self._closing
 
     def _fail(self, reason: str) -> None:
         """The group cannot go on: end every child, which frees a rank that waits for them."""
@@ -248,7 +259,7 @@ class GroupExecutor:
 
         thread = threading.Thread(target=build, name="trimaran-rank-0", daemon=True)
         thread.start()
-        self._group.wait_ready(thread)
+        self._group.wait_built(thread)
         if errors:
             raise errors[0]
         return built[0]
@@ -256,7 +267,9 @@ class GroupExecutor:
     def submit(self, plan: StepPlan) -> StepHandle:
         assert self._rank is not None, "the executor is closed"
         self._group.send(plan)
-        return _GroupStep(self._group, self._rank.runner.submit(plan))
+        step = self._rank.runner.submit(plan)
+        self._group.follow(plan.step_id, step)
+        return _GroupStep(self._group, step)
 
     def close(self) -> None:
         if self._rank is not None:

@@ -16,6 +16,7 @@ from helpers.engine_loop import greedy, open_loop
 from helpers.generate_reference import describe, greedy_cases
 
 from trimaran.core.errors import ConfigError, EngineDeadError, ModelLoadError
+from trimaran.core.plan import StepPlan
 
 pytestmark = [pytest.mark.tp2, pytest.mark.real]
 
@@ -25,10 +26,6 @@ MODELS = ("llama2", "llama3", "qwen3", "qwen3_tied")
 
 def children() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "trimaran.core.worker" in p.cmdline()]
-
-
-def temporary_directories() -> set[Path]:
-    return set(Path("/tmp").glob("trimaran-*")) - set(tiny_models.model_path("qwen3").parents)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "strict"])
@@ -58,9 +55,10 @@ def test_two_ranks_are_token_exact(model: str, platform: str) -> None:
 @pytest.mark.parametrize("platform", ["cpu", "strict"])
 @pytest.mark.parametrize("busy", [True, False])
 def test_a_killed_rank_ends_the_engine_within_two_seconds(platform: str, busy: bool) -> None:
-    before = temporary_directories()
     with open_loop("qwen3", platform=platform, tensor_parallel_size=2) as loop:
         (child,) = children()
+        directory = Path(loop.executor._group._directory)  # type: ignore[attr-defined]
+        assert directory.stat().st_mode & 0o777 == 0o700
         for i in range(8):
             loop.scheduler.add(greedy(str(i), tiny_models.prompt(40, i), 200))
         for _ in range(5):
@@ -76,7 +74,7 @@ def test_a_killed_rank_ends_the_engine_within_two_seconds(platform: str, busy: b
                 loop.step()
         assert time.monotonic() - start < 2
     assert not children()
-    assert temporary_directories() == before
+    assert not directory.exists()
 
 
 def test_a_hanging_rank_that_is_killed_frees_the_first_one() -> None:
@@ -111,6 +109,21 @@ def test_a_step_that_fails_everywhere_ends_only_its_requests() -> None:
         assert output.error is not None and "IndexError" in output.error
         found = loop.run([greedy("0", cases[0].prompt, NUM_TOKENS)])
         assert found["0", 0].tokens == cases[0].tokens
+
+
+@pytest.mark.parametrize("step_id", [0, 1000])
+def test_a_rank_that_fails_alone_ends_the_group(step_id: int) -> None:
+    """Late, in a step that the first rank has settled, or before it comes to that step."""
+    with open_loop("qwen3", platform="cpu", tensor_parallel_size=2) as loop:
+        loop.run([greedy("0", tiny_models.prompt(9), 2)])
+        group = loop.executor._group  # type: ignore[attr-defined]
+        too_far = loop.config.scheduler.max_model_len + 100
+        plan = StepPlan(step_id, rows=[0], starts=[too_far], counts=[1], emits=[True])
+        group._members[0].link.send(plan)
+        time.sleep(1.5)
+        with pytest.raises(EngineDeadError, match="rank 1 failed alone in a step: IndexError"):
+            loop.run([greedy("1", tiny_models.prompt(9), 2)])
+    assert not children()
 
 
 def test_a_rank_that_cannot_start_says_why(tmp_path: Path) -> None:
