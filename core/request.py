@@ -69,6 +69,7 @@ class Request:
         "block_reason",
         "controller",
         "finish_reason",
+        "first_scheduled",
         "index",
         "is_new",
         "kv",
@@ -142,6 +143,7 @@ class Request:
         self.num_verified = 0
         self.num_cached = 0
         self.reported_cached = False
+        self.first_scheduled = 0.0  # seconds of the scheduler's clock
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0
         self.last_step = -1

@@ -182,6 +182,7 @@ class Settlement:
         if not request.reported_cached:
             request.reported_cached = True
             output.num_cached = request.num_cached
+            output.first_scheduled = request.first_scheduled
         self._outputs.append(output)
         return output
 

@@ -59,8 +59,10 @@ class WaitingQueue:
 
     def start(self, request: Request) -> None:
         """The request leaves the queue to run."""
+        now = self._clock()
+        request.first_scheduled = request.first_scheduled or now
         if request.is_new:
-            self._starts.append((self._clock(), request.num_prompt))
+            self._starts.append((now, request.num_prompt))
         self.discard(request)
 
     def discard(self, request: Request) -> None:

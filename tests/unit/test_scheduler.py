@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 from helpers.null_model import NullEngine, reference_beams
 
-from trimaran.core.sampling_params import BeamSearchParams
+from trimaran.core.config import CacheConfig, CacheGroupConfig, SchedulerConfig
+from trimaran.core.engine.messages import EngineRequest
+from trimaran.core.plan import StepOutput
+from trimaran.core.sampling_params import BeamSearchParams, SamplingParams
+from trimaran.core.scheduler import Scheduler
+from trimaran.core.types import Prompt
 
 WINDOWS = [(None,), (6,), (None, 6), (None, 5, 1)]
 
@@ -69,3 +74,23 @@ def test_beam_search_is_that_of_transformers(
         found = engine.beams[request_id]
         assert found.token_ids == [tokens for _, tokens in expected]
         assert found.scores == pytest.approx([score for score, _ in expected])
+
+
+def test_the_first_output_says_when_the_request_was_first_scheduled():
+    now = [100.0]
+    scheduler = Scheduler(
+        SchedulerConfig(max_model_len=64),
+        CacheConfig(
+            groups=(CacheGroupConfig(name="full", layers=(0,), block_size=4, num_blocks=32),),
+            dtype=None,
+        ),
+        clock=lambda: now[0],
+    )
+    scheduler.add(
+        EngineRequest("a", Prompt.of_tokens([1, 2, 3]), SamplingParams(max_tokens=2, seed=1))
+    )
+    now[0] = 105.0
+    plan = scheduler.schedule()
+    now[0] = 107.0
+    (output,), _ = scheduler.update(plan, StepOutput(plan.step_id, [[7]]))
+    assert output.first_scheduled == 105.0
