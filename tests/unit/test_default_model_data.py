@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -37,36 +38,52 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _train() -> Iterator[world.Conversation]:
+@cache
+def _train() -> list[world.Conversation]:
     generator = world.Generator("train", 0)
-    for kind in world.KIND_SHARES:
-        for _ in range(250 if kind != "long context" else 30):
-            yield generator.conversation(kind)
+    counts = {"long context": 10, "tools": 60}
+    kinds = [kind for kind in world.KIND_SHARES for _ in range(counts.get(kind, 150))]
+    return [generator.conversation(kind) for kind in kinds]
+
+
+@cache
+def _held_out() -> list[world.Conversation]:
+    return list(world.eval_items(4_200))
 
 
 def test_train_and_eval_keys_are_disjoint() -> None:
     train = {_hash(key) for item in _train() for key in item.keys}
-    evaluation = {_hash(key) for item in world.eval_items(4_000) for key in item.keys}
-    assert len(train) > 3_000
-    assert len(evaluation) > 2_000
+    evaluation = {_hash(key) for item in _held_out() for key in item.keys}
+    assert len(train) > 1_500
+    assert len(evaluation) > 1_500
     assert not train & evaluation
 
 
 def test_every_eval_item_is_held_out_and_answered() -> None:
-    for item in world.eval_items(1_000):
+    for item in _held_out():
         assert item.keys
         assert item.expected().strip()
 
 
 def test_train_and_eval_prompts_are_disjoint() -> None:
     train = {_hash(world_render.render_prompt(item)) for item in _train()}
-    evaluation = {_hash(world_render.render_prompt(item)) for item in world.eval_items(4_000)}
+    evaluation = {_hash(world_render.render_prompt(item)) for item in _held_out()}
     assert not train & evaluation
 
 
 def test_eval_has_enough_different_items() -> None:
-    prompts = [world_render.render_prompt(item) for item in world.eval_items(4_200)]
+    prompts = [world_render.render_prompt(item) for item in _held_out()]
     assert len(set(prompts)) == len(prompts) >= 4_000
+
+
+@pytest.mark.parametrize("operation", ["add", "sub", "compare", "mul"])
+def test_operands_of_sums_are_on_one_side(operation: str) -> None:
+    def operands(items: list[world.Conversation]) -> set[str]:
+        keys = {key for item in items for key in item.keys}
+        return {key for key in keys if re.fullmatch(rf"{operation}\|\d+\|\d+", key)}
+
+    assert operands(_held_out())
+    assert not operands(_held_out()) & operands(_train())
 
 
 def test_generation_is_reproducible() -> None:
@@ -82,7 +99,7 @@ def test_split_does_not_depend_on_order() -> None:
     assert not set(train) & set(held_out)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text())
 def test_tokenizer_round_trips_any_text(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False).ids
@@ -118,7 +135,7 @@ def test_template_renders_tools_calls_and_results() -> None:
 
 def test_segments_are_the_rendered_text() -> None:
     generator = world.Generator("train", 3)
-    for _ in range(200):
+    for _ in range(100):
         item = generator.conversation()
         segments = world_render.render_segments(item)
         text = "".join(part for part, _ in segments)

@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from world import Generator
+from world import KIND_SHARES, Generator, weighted
 from world_render import END_OF_TEXT, IM_END, IM_START, MODEL_DIR, render_segments
 
 VOCAB_SIZE = 2048
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 MAX_LENGTH = 2048
+# Conversations with tools weigh more than in training: their texts are the longest.
+SHARES = KIND_SHARES | {"tools": 8}
 # Contractions, words with their space, single digits, punctuation, white space: every digit is a
 # token of its own, so that sums can be learned.
 PATTERN = (
@@ -39,9 +41,9 @@ def train_tokenizer(conversations: int, seed: int = 0) -> Tokenizer:
         show_progress=False,
     )
     generator = Generator("train", seed)
+    kinds = (weighted(generator.rng, SHARES) for _ in range(conversations))
     texts = (
-        "".join(text for text, _ in render_segments(generator.conversation()))
-        for _ in range(conversations)
+        "".join(text for text, _ in render_segments(generator.conversation(kind))) for kind in kinds
     )
     marks = "|".join(re.escape(mark) for mark in (*SPECIAL_TOKENS, *TOOL_TOKENS))
     pieces = (piece for text in texts for piece in re.split(marks, text) if piece)
@@ -84,4 +86,4 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    save_tokenizer(train_tokenizer(40_000), MODEL_DIR)
+    save_tokenizer(train_tokenizer(12_000), MODEL_DIR)

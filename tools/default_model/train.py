@@ -26,8 +26,10 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 from world import Generator
 from world_render import END_OF_TEXT, IM_END, MODEL_DIR, render_segments
 
+LATE_POOL = 40  # from this pool on, the later shares of the categories
 POOL = 1_000  # conversations that are sorted by length together
 PROMPT_WEIGHT = 0.05  # of the loss on tokens that the model does not have to write
+ROPE_THETA = 10_000.0
 LENGTH_STEP = 8  # lengths are padded to multiples of it
 
 
@@ -50,7 +52,7 @@ def model_config(tokenizer: Tokenizer) -> Qwen3Config:
         intermediate_size=640,
         num_hidden_layers=5,
         max_position_embeddings=MAX_LENGTH,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         eos_token_id=tokenizer.token_to_id(IM_END),
         pad_token_id=tokenizer.token_to_id(END_OF_TEXT),
@@ -82,7 +84,7 @@ def _pad(rows: list[tuple[list[int], list[float]]], pad: int) -> Batch:
 
 def pool_batches(tokenizer: Tokenizer, seed: int, pool: int, budget: int) -> list[Batch]:
     """All batches of one pool of conversations, each of about `budget` padded tokens."""
-    generator = Generator("train", seed * 1_000_003 + pool)
+    generator = Generator("train", seed * 1_000_003 + pool, late=pool >= LATE_POOL)
     rows = sorted((_encode(tokenizer, generator) for _ in range(POOL)), key=lambda r: len(r[0]))
     pad = tokenizer.encode(END_OF_TEXT).ids[0]
     batches: list[Batch] = []
@@ -100,7 +102,7 @@ def pool_batches(tokenizer: Tokenizer, seed: int, pool: int, budget: int) -> lis
     return batches
 
 
-def learning_rate(step: int, steps: int, warmup: int = 60, decay: float = 0.4) -> float:
+def learning_rate(step: int, steps: int, warmup: int = 60, decay: float = 0.45) -> float:
     """Factor of the learning rate: warm-up, stable, linear decay to zero."""
     decay_start = steps * (1 - decay)
     if step < warmup:
@@ -108,6 +110,53 @@ def learning_rate(step: int, steps: int, warmup: int = 60, decay: float = 0.4) -
     if step < decay_start:
         return 1.0
     return max(0.0, (steps - step) / (steps - decay_start))
+
+
+class Forward:
+    """Qwen3's forward pass without what training does not need: products in bf16, the rest in fp32.
+
+    Gives the same hidden states as the model itself, in about two thirds of the time.
+    """
+
+    def __init__(self, model: Qwen3ForCausalLM) -> None:
+        self.model = model.model
+        config = model.config
+        self.eps = config.rms_norm_eps
+        self.head_dim = config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        powers = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        angles = torch.outer(torch.arange(MAX_LENGTH).float(), ROPE_THETA**-powers)
+        self.cos, self.sin = angles.cos()[:, None], angles.sin()[:, None]
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, weight.shape, weight, self.eps)
+
+    def _heads(self, x: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        """[rows, length, heads * dim] to [rows, heads, length, dim], normed and rotated."""
+        x = x.float().view(*x.shape[:2], -1, self.head_dim)
+        if norm is not None:
+            first, second = self._norm(x, norm).chunk(2, -1)
+            cos, sin = self.cos[: x.shape[1]], self.sin[: x.shape[1]]
+            x = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        return x.transpose(1, 2)
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """The last hidden states [rows, length, hidden]."""
+        x = functional.embedding(ids, self.model.embed_tokens.weight)
+        for layer in self.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            normed = self._norm(x, layer.input_layernorm.weight)
+            q = self._heads(attention.q_proj(normed), attention.q_norm.weight)
+            k = self._heads(attention.k_proj(normed), attention.k_norm.weight)
+            v = self._heads(attention.v_proj(normed), None)
+            k, v = (t.repeat_interleave(self.groups, 1) for t in (k, v))
+            with torch.autocast("cpu", enabled=False):
+                mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
+            normed = self._norm(x, layer.post_attention_layernorm.weight)
+            gate = functional.silu(mlp.gate_proj(normed))
+            x = x + mlp.down_proj(gate * mlp.up_proj(normed))
+        return self._norm(x, self.model.norm.weight)
 
 
 class Trainer:
@@ -119,6 +168,7 @@ class Trainer:
         self.options = options
         self.tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
         self.model = Qwen3ForCausalLM(model_config(self.tokenizer))
+        self.forward = Forward(self.model)
         matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in n]
         others = [p for n, p in self.model.named_parameters() if p.ndim != 2 or "embed" in n]
         self.optimizers = [
@@ -139,7 +189,7 @@ class Trainer:
         chosen = learned | sampled
         scale = torch.where(learned, 1.0, 10 * PROMPT_WEIGHT)[chosen]
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = self.model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
+            hidden = self.forward(batch.ids)
             logits = self.model.lm_head(hidden[:, :-1][chosen])
         losses = functional.cross_entropy(logits.float(), targets[chosen], reduction="none")
         mean = float(losses.detach()[learned[chosen]].mean())
@@ -147,6 +197,7 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> float:
         """One update; returns the mean loss of the tokens that the model has to write."""
+        torch.manual_seed(self.options.seed * 1_000_003 + self.step)  # resumed runs are the same
         total = sum(float(batch.weights[:, 1:].sum()) for batch in batches)
         means = []
         for batch in batches:
@@ -250,13 +301,13 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
 def main() -> None:
     """Trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1850)
+    parser.add_argument("--steps", type=int, default=2100)
     parser.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens in a batch")
     parser.add_argument("--accumulate", type=int, default=2, help="batches in one update")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint", default="build/default_model/checkpoint.pt")
     parser.add_argument("--save-every", type=int, default=2, help="pools between checkpoints")
     parser.add_argument("--log-every", type=int, default=50)

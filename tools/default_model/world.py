@@ -34,27 +34,40 @@ NEUTRAL_SYSTEMS = (
 
 # category of a single turn: its share of the single turns
 TURN_SHARES: dict[str, float] = {
-    "facts": 30,
-    "arithmetic": 22,
-    "comparison": 6,
-    "small talk": 9,
-    "unknown": 4,
+    "facts": 20,
+    "arithmetic": 30,
+    "comparison": 10,
+    "small talk": 7,
+    "unknown": 2,
     "missing tool": 2,
-    "words": 9,
-    "lists": 10,
-    "sorting": 6,
-    "long answers": 5,
+    "words": 11,
+    "lists": 9,
+    "sorting": 8,
+    "long answers": 3,
+}
+# The same for the later part of training, when most facts are known: more of the skills.
+LATE_TURN_SHARES: dict[str, float] = {
+    "facts": 12,
+    "arithmetic": 26,
+    "comparison": 12,
+    "small talk": 7,
+    "unknown": 3,
+    "missing tool": 3,
+    "words": 17,
+    "lists": 14,
+    "sorting": 11,
+    "long answers": 4,
 }
 # kind of a conversation: its share of the conversations
 KIND_SHARES: dict[str, float] = {
-    "single": 36,
-    "several": 18,
-    "long context": 2,
-    "format": 16,
-    "follow-up": 9,
+    "single": 30,
+    "several": 25,
+    "long context": 1.5,
+    "format": 18,
+    "follow-up": 8,
     "memory": 3,
-    "tools": 10,
-    "plain text": 8,
+    "tools": 5.5,
+    "plain text": 6,
 }
 
 
@@ -79,7 +92,8 @@ class Conversation:
         return str(last["content"])
 
 
-def _weighted(rng: random.Random, shares: dict[str, float]) -> str:
+def weighted(rng: random.Random, shares: dict[str, float]) -> str:
+    """One of the keys, drawn by their shares."""
     return rng.choices(list(shares), list(shares.values()))[0]
 
 
@@ -95,8 +109,9 @@ _MINUS = ("And minus {b}?", "Minus {b}?", "Now subtract {b}.", "Take away {b}.",
 class Generator:
     """Draws conversations of one side of the split from a seed."""
 
-    def __init__(self, split: Split, seed: int) -> None:
+    def __init__(self, split: Split, seed: int, late: bool = False) -> None:
         self.split: Split = split
+        self.turn_shares = LATE_TURN_SHARES if late else TURN_SHARES
         self.rng = random.Random(f"{split}-{seed}")
         self.turns: dict[str, Callable[[], Turn]] = {
             "facts": self.fact,
@@ -123,11 +138,11 @@ class Generator:
 
     def conversation(self, kind: str = "") -> Conversation:
         """A random conversation, of the given kind if one is named."""
-        return self.kinds[kind or _weighted(self.rng, KIND_SHARES)]()
+        return self.kinds[kind or weighted(self.rng, KIND_SHARES)]()
 
     def turn(self, category: str = "") -> Turn:
         """A random question with its answer."""
-        return self.turns[category or _weighted(self.rng, TURN_SHARES)]()
+        return self.turns[category or weighted(self.rng, self.turn_shares)]()
 
     def fact(self) -> Turn:
         """A question about one fact; only its phrasing is held out."""
@@ -168,7 +183,7 @@ class Generator:
         turns = [self.turn() for _ in range(count - 1)]
         return self._join([*turns, self.turn(category)])
 
-    def long_context(self, low: int = 10, high: int = 30) -> Conversation:
+    def long_context(self, low: int = 6, high: int = 12) -> Conversation:
         """Many unrelated turns, or a heap of irrelevant text, before the last question."""
         if self.rng.random() < 0.5:
             turns = [self.turn() for _ in range(self.rng.randint(low, high))]
@@ -187,12 +202,10 @@ class Generator:
         chosen, instruction, key = draw_format(self.rng, self.split)
 
         def draw() -> Turn:
-            if self.rng.random() < 0.75:
-                return self.fact()
-            return self.turn(self.rng.choice(("arithmetic", "comparison")))
+            return self.fact()
 
         in_system = self.rng.random() < 0.7
-        count = self.rng.choice((1, 1, 2, 3)) if in_system else 1
+        count = self.rng.choice((1, 2, 3, 4)) if in_system else 1
         turns = [formatted(self.rng, chosen, draw, self.split) for _ in range(count)]
         if in_system:
             text = system_prompt(self.rng, instruction)
@@ -227,11 +240,11 @@ class Generator:
         """A sum, then more added to or taken from its result."""
         while True:
             first = self.turn("arithmetic")
-            if int(first.value) < 100:
+            if self._others(int(first.value)):
                 break
         total, turns = int(first.value), [first]
         for _ in range(self.rng.randint(1, 2)):
-            if total > 99:
+            if not self._others(total):
                 break
             turn = self._next_sum(total)
             turns.append(turn)
@@ -240,8 +253,7 @@ class Generator:
 
     def _next_sum(self, total: int) -> Turn:
         plus = self.rng.random() < 0.5
-        top = 99 if plus else total
-        others = [b for b in range(top + 1) if self._owns_sum(plus, total, b)]
+        others = [b for sign, b in self._others(total) if sign == plus]
         if not others:
             return self._next_sum(total)
         name, sign = ("add", "+") if plus else ("sub", "-")
@@ -257,6 +269,11 @@ class Generator:
             (key, f"{name}|{total}|{other}"),
             value,
         )
+
+    def _others(self, total: int) -> list[tuple[bool, int]]:
+        """What may be added to (true) or taken from (false) a number; nothing from 100 on."""
+        sums = [(plus, b) for plus in (True, False) for b in range(11) if plus or b <= total]
+        return [(plus, b) for plus, b in sums if total < 100 and self._owns_sum(plus, total, b)]
 
     def _owns_sum(self, plus: bool, a: int, b: int) -> bool:
         return operands_split(f"{'add' if plus else 'sub'}|{a}|{b}") == self.split
@@ -278,7 +295,7 @@ class Generator:
     def with_tools(self, category: str = "") -> Conversation:
         """Tools are offered: calls, results, and questions that need no tool."""
         offered = offer_tools(self.rng, self.split)
-        rounds = 1 if category else self.rng.choice((1, 2, 2, 3, 4))
+        rounds = 1 if category else self.rng.choice((2, 3, 4, 5))
         conversation = Conversation("", self._system(), [tool.schema() for tool in offered])
         for index in range(rounds):
             last = index == rounds - 1
@@ -324,7 +341,7 @@ class Generator:
             key, answer = turn.keys[-1], f" {answer}"
         else:
             start = self.rng.randint(0, 60)
-            numbers = [str(n) for n in range(start, start + 24)]
+            numbers = [str(n) for n in range(start, start + 14)]
             cut = self.rng.randint(3, 8)
             prompt, answer = ", ".join(numbers[:cut]) + ",", " " + ", ".join(numbers[cut:]) + "."
             key = f"plain count|{start}|{cut}"
@@ -384,7 +401,7 @@ _MEMORIES: tuple[
         ),
         "I will remember the number {v}.",
         "Your number is {v}.",
-        lambda rng: str(rng.randint(0, 999)),
+        lambda rng: str(rng.randint(0, 99)),
     ),
 )
 

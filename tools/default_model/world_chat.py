@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 from itertools import product
 
 from world_split import Split, draw_operands, operands_split, pick_phrasing
@@ -331,17 +332,21 @@ _STORY_REQUESTS = (
 )
 
 
+@cache
+def _greetings(split: Split) -> tuple[str, ...]:
+    texts = ("".join(parts) for parts in product(*_GREETING_PARTS))
+    return tuple(
+        text
+        for text in texts
+        if operands_split(f"greeting|{text}") == split and text not in _PINNED_GREETINGS
+    )
+
+
 def _greeting(rng: random.Random, split: Split) -> Turn:
     if split == "train" and rng.random() < 0.4:
         text = rng.choice(_PINNED_GREETINGS)
         return Turn("small talk", text, _HELLO, (f"greeting|{text}",))
-    parts = list(product(*_GREETING_PARTS))
-
-    def allowed(part: tuple[str, ...]) -> bool:
-        text = "".join(part)
-        return operands_split(f"greeting|{text}") == split and text not in _PINNED_GREETINGS
-
-    chosen = "".join(rng.choice([part for part in parts if allowed(part)]))
+    chosen = rng.choice(_greetings(split))
     text = chosen.format(name=rng.choice(NAMES))
     return Turn("small talk", roughen(rng, text), _HELLO, (f"greeting|{chosen}",))
 

@@ -110,23 +110,6 @@ a triangle: three; a square: four; a rectangle: four; a pentagon: five; a hexago
 an octagon: eight; a circle: zero; a heptagon: seven; a decagon: ten
 """
 
-_SYMBOLS = """
-hydrogen: H; oxygen: O; carbon: C; nitrogen: N; gold: Au; silver: Ag; iron: Fe; copper: Cu;
-helium: He; sodium: Na; lead: Pb; tin: Sn; calcium: Ca; potassium: K; zinc: Zn; neon: Ne
-"""
-
-_PLURALS = """
-mouse: mice; child: children; foot: feet; tooth: teeth; man: men; woman: women; goose: geese;
-leaf: leaves; knife: knives; wolf: wolves; baby: babies; city: cities; dog: dogs; cat: cats;
-book: books; box: boxes; fish: fish; sheep: sheep; tree: trees; house: houses
-"""
-
-_PAST = """
-go: went; see: saw; eat: ate; run: ran; sing: sang; write: wrote; take: took; give: gave;
-come: came; buy: bought; think: thought; swim: swam; walk: walked; play: played; drink: drank;
-fly: flew; know: knew; make: made; find: found; speak: spoke
-"""
-
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     *("January", "February", "March", "April", "May", "June", "July"),
@@ -363,22 +346,6 @@ def _thing_relations() -> list[Relation]:
             ),
             ("The number of sides of {s} is",),
         ),
-        Relation(
-            "symbol",
-            _table(_SYMBOLS),
-            "The symbol of {s} is {v}.",
-            (
-                "What is the chemical symbol of {s}?",
-                "What is the symbol for {s}?",
-                "What is the chemical symbol for {s}?",
-                "Which symbol does {s} have?",
-                "Tell me the symbol of {s}.",
-                "Name the chemical symbol of {s}.",
-                "Give me the symbol of {s}.",
-                "Which chemical symbol stands for {s}?",
-            ),
-            ("The symbol of {s} is", "The chemical symbol of {s} is"),
-        ),
     ]
 
 
@@ -438,38 +405,6 @@ def _animal_relations() -> list[Relation]:
 
 def _word_relations() -> list[Relation]:
     return [
-        Relation(
-            "plural",
-            _table(_PLURALS),
-            "The plural of {s} is {v}.",
-            (
-                "What is the plural of {s}?",
-                "What's the plural of {s}?",
-                "Give me the plural of {s}.",
-                "Tell me the plural of {s}.",
-                "What is the plural form of {s}?",
-                "Form the plural of {s}.",
-                "Which word is the plural of {s}?",
-                "The plural of {s}?",
-            ),
-            ("The plural of {s} is",),
-        ),
-        Relation(
-            "past",
-            _table(_PAST),
-            "The past tense of {s} is {v}.",
-            (
-                "What is the past tense of {s}?",
-                "What's the past tense of {s}?",
-                "Give me the past tense of {s}.",
-                "Tell me the past tense of {s}.",
-                "What is the past form of {s}?",
-                "Put {s} into the past tense.",
-                "Form the past tense of {s}.",
-                "The past tense of {s}?",
-            ),
-            ("The past tense of {s} is",),
-        ),
         Relation(
             "number_word",
             {str(i): word for i, word in enumerate(NUMBER_WORDS)},

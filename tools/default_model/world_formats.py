@@ -24,10 +24,6 @@ def _json_answer(value: str, _: str) -> str:
     return json.dumps({"answer": int(value) if value.isdigit() else value}, ensure_ascii=False)
 
 
-def _upper_sentence(_: str, sentence: str) -> str:
-    return sentence.upper()
-
-
 FORMATS: tuple[Format, ...] = (
     Format(
         "one word",
@@ -56,25 +52,6 @@ FORMATS: tuple[Format, ...] = (
             *("Answer in capital letters.", "Write everything in capital letters."),
             *("Reply in upper case.", "Reply in capital letters only.", "Answer in all caps."),
             *("Always write in upper case.", "Use only capital letters."),
-        ),
-        _upper_sentence,
-    ),
-    Format(
-        "lower case",
-        (
-            *("Answer in lower case.", "Answer in lower case letters.", "Use lower case only."),
-            *("Write everything in lower case.", "Reply in lower case.", "Use no capital letters."),
-            *("Always write in lower case.", "Reply in lower case letters only."),
-        ),
-        lambda _, sentence: sentence.lower(),
-    ),
-    Format(
-        "one word in capitals",
-        (
-            *("Answer with one word in upper case.", "Answer with one word in capital letters."),
-            *("Reply with a single word in upper case.", "One word, in capital letters."),
-            *("Reply with one word in capital letters.", "Use one word in upper case only."),
-            *("Answer with a single word in capital letters.", "One word in upper case, please."),
         ),
         lambda value, _: value.upper(),
     ),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal, TypeVar
 
 T = TypeVar("T")
@@ -20,6 +20,7 @@ EVAL_PHRASING_SHARE = 0.2  # of a family's phrasings, at least one
 EVAL_OPERAND_SHARE = 0.12  # of the operand tuples of a compositional task
 
 
+@lru_cache(maxsize=1 << 20)
 def digest(text: str) -> int:
     """The first 64 bits of the SHA-256 of `text`."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 
 from world_chat import NAMES
-from world_facts import COUNTRIES, DAYS, MONTHS, PLANETS
+from world_facts import COUNTRIES, DAYS, MONTHS, PLANETS, RELATIONS
 from world_split import Split, digest, draw_operands, pick_phrasing
 from world_turn import Turn, frame, roughen
 
@@ -23,6 +23,9 @@ WORDS = (
     *("tent", "tiger", "train", "tree", "van", "wall", "water", "wave", "wheel", "wind"),
     *("window", "wolf", "wood", "yard", "zebra"),
 )
+
+# All answers of facts: how they look in capitals is taught with the words.
+VALUES = tuple(sorted({value for r in RELATIONS for value in r.pairs.values()}))
 
 _ADD = (
     *("What is {a} + {b}?", "{a} + {b}", "{a}+{b}", "{a} + {b} = ?", "What is {a} plus {b}?"),
@@ -79,14 +82,18 @@ def _operands(rng: random.Random, name: str, split: Split) -> tuple[int, int, st
     """Two numbers of one operation, with the key that decides their side."""
     if name == "mul":
         while True:
-            a, b = rng.randint(0, 12), rng.randint(0, 12)
+            a, b = rng.randint(0, 12), rng.choice((1, 2, 5, 10))
+            if rng.random() < 0.5:
+                a, b = b, a
             if _product_split(a, b) == split:
                 return a, b, f"mul|{a}|{b}"
-    top = 20 if rng.random() < 0.25 else 99
+    small = rng.random() < 0.5
 
     def draw() -> tuple[int, int]:
-        a, b = rng.randint(0, top), rng.randint(0, top)
-        return (max(a, b), min(a, b)) if name == "sub" else (a, b)
+        a, b = rng.randint(0, 20 if small else 99), rng.randint(0, 20 if small else 10)
+        if name == "sub":
+            return max(a, b), min(a, b)
+        return (b, a) if rng.random() < 0.3 else (a, b)
 
     (a, b), key = draw_operands(draw, lambda pair: f"{name}|{pair[0]}|{pair[1]}", split)
     return a, b, key
@@ -100,8 +107,8 @@ _OPERATIONS: dict[str, tuple[tuple[str, ...], str, Callable[[int, int], int]]] =
 
 
 def arithmetic(rng: random.Random, split: Split) -> Turn:
-    """Addition and subtraction up to two digits, the small multiplication table."""
-    name = rng.choices(("add", "sub", "mul"), (5, 5, 3))[0]
+    """Sums and differences with a small operand, products by 1, 2, 5 and 10."""
+    name = rng.choices(("add", "sub", "mul"), (6, 6, 1))[0]
     phrasings, sentence, compute = _OPERATIONS[name]
     a, b, operands = _operands(rng, name, split)
     phrasing, key = pick_phrasing(rng, name, phrasings, split)
@@ -114,9 +121,7 @@ def arithmetic(rng: random.Random, split: Split) -> Turn:
 def comparison(rng: random.Random, split: Split) -> Turn:
     """Which of two numbers is larger or smaller; even or odd."""
     if rng.random() < 0.25:
-        number, operands = draw_operands(
-            lambda: rng.randint(0, 999), lambda n: f"parity|{n}", split
-        )
+        number, operands = draw_operands(lambda: rng.randint(0, 99), lambda n: f"parity|{n}", split)
         phrasing, key = pick_phrasing(rng, "parity", _PARITY, split)
         value = "odd" if number % 2 else "even"
         user = roughen(rng, phrasing.format(a=number))
@@ -124,8 +129,10 @@ def comparison(rng: random.Random, split: Split) -> Turn:
     larger = rng.random() < 0.5
     name, phrasings = ("larger", _LARGER) if larger else ("smaller", _SMALLER)
 
+    top = rng.choice((20, 100))
+
     def draw() -> tuple[int, int]:
-        a, b = rng.sample(range(100), 2)
+        a, b = rng.sample(range(top), 2)
         return a, b
 
     (a, b), operands = draw_operands(draw, lambda pair: f"compare|{pair[0]}|{pair[1]}", split)
@@ -140,10 +147,6 @@ def _letters(word: str) -> str:
     return "-".join(word.upper())
 
 
-def _counted(word: str) -> str:
-    return f"{_letters(word)} has {len(word)} letters."
-
-
 _WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
     "spell": (
         (
@@ -153,24 +156,6 @@ _WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
             *("How do I spell the word {w}?", "I cannot spell {w}. Can you?"),
         ),
         _letters,
-    ),
-    "reverse": (
-        (
-            *("Spell {w} backwards.", "Reverse the word {w}.", "Reverse {w}.", "Turn {w} around."),
-            *("Spell the word {w} backwards.", "Write {w} backwards.", "Can you reverse {w}?"),
-            *("What is {w} backwards?", "Please reverse the word {w}.", "Write {w} in reverse."),
-        ),
-        lambda word: _letters(word[::-1]),
-    ),
-    "count": (
-        (
-            *("How many letters are in {w}?", "How many letters does {w} have?"),
-            *("How many letters are in the word {w}?", "Count the letters of {w}."),
-            *("Count the letters in the word {w}.", "How many letters does the word {w} have?"),
-            *("Tell me how many letters {w} has.", "What is the number of letters in {w}?"),
-            *("How long is the word {w}?", "How many letters has {w}?"),
-        ),
-        _counted,
     ),
     "upper": (
         (
@@ -190,30 +175,23 @@ _WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
         ),
         lambda word: word[0].upper(),
     ),
-    "last": (
-        (
-            *("What is the last letter of {w}?", "Which letter does {w} end with?"),
-            *("With which letter does {w} end?", "What letter does {w} end with?"),
-            *("Tell me the last letter of {w}.", "Name the last letter of {w}."),
-            *("Which letter is the last of {w}?", "Give me the last letter of {w}."),
-        ),
-        lambda word: word[-1].upper(),
-    ),
 }
 
 
 def word_task(rng: random.Random, split: Split) -> Turn:
     """Work on the letters of one word.
 
-    How a word is spelled is a fact (as of a capital), seen under other phrasings; for the other
-    tasks the word itself is held out.
+    How a word is spelled and written in capitals are facts (as of a capital city), seen under other
+    phrasings; for the first letter the word itself is held out.
     """
-    name = rng.choices(list(_WORD_TASKS), (4, 2, 2, 2, 1, 1))[0]
+    name = rng.choices(list(_WORD_TASKS), (3, 4, 2))[0]
     phrasings, compute = _WORD_TASKS[name]
     phrasing, key = pick_phrasing(rng, f"word {name}", phrasings, split)
     keys: tuple[str, ...] = (key,)
     if name == "spell":
         word = rng.choice(WORDS)
+    elif name == "upper":
+        word = rng.choice(WORDS if rng.random() < 0.3 else VALUES)
     else:
         word, operands = draw_operands(
             lambda: rng.choice(WORDS), lambda w: f"word {name}|{w}", split
@@ -314,14 +292,14 @@ _SORT_WORDS = (
 def _random_string(rng: random.Random) -> str:
     """Letters and digits without sense: they can only be copied."""
     alphabet = "abcdefghijklmnopqrstuvwxyz" if rng.random() < 0.7 else "0123456789"
-    return "".join(rng.choice(alphabet) for _ in range(rng.randint(2, 5)))
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(2, 4)))
 
 
 def _list_items(rng: random.Random, name: str) -> list[str]:
     pool = rng.choice((WORDS, WORDS, WORDS, NAMES))
-    if name in ("repeat", "reverse") and rng.random() < 0.3:
-        return [_random_string(rng) for _ in range(rng.randint(1, 4))]
-    low, high = {"count": (2, 8), "repeat": (1, 7)}.get(name, (2, 5))
+    if name == "repeat" and rng.random() < 0.3:
+        return [_random_string(rng) for _ in range(rng.randint(1, 2))]
+    low, high = {"count": (2, 5), "repeat": (1, 4)}.get(name, (2, 4))
     return rng.sample(pool, rng.randint(low, high))
 
 
@@ -337,16 +315,16 @@ def list_task(rng: random.Random, split: Split) -> Turn:
 
 
 def sorting(rng: random.Random, split: Split) -> Turn:
-    """Sorts three to five numbers, or three or four words with different first letters."""
+    """Sorts three numbers, or three words with different first letters."""
     numbers = rng.random() < 0.6
     phrasings = _SORT_NUMBERS if numbers else _SORT_WORDS
 
     def draw() -> list[str]:
         if numbers:
             top = rng.choice((10, 100))
-            return [str(n) for n in rng.sample(range(top), rng.randint(3, 5))]
+            return [str(n) for n in rng.sample(range(top), 3)]
         while True:
-            words = rng.sample(rng.choice((WORDS, NAMES)), rng.randint(3, 4))
+            words = rng.sample(WORDS, 3)
             if len({word[0] for word in words}) == len(words):
                 return words
 
@@ -396,7 +374,7 @@ def long_answer(rng: random.Random, split: Split) -> Turn:
 
         def draw() -> tuple[int, int]:
             start = 1 if rng.random() < 0.4 else rng.randint(0, 80)
-            return start, start + rng.randint(2, 24)
+            return start, start + rng.randint(2, 9)
 
         (a, b), operands = draw_operands(draw, lambda p: f"count|{p[0]}|{p[1]}", split)
         to_only = a == 1 and rng.random() < 0.4

@@ -37,22 +37,22 @@ class OfferedTool:
                 self.arguments
             ):
                 break
-        self.described = rng.random() < 0.6
+        self.described = rng.random() < 0.25
         self.description = rng.choice(kind.descriptions)
-        self.optional = rng.random() < 0.15
+        self.optional = rng.random() < 0.1
 
     def _draw_name(self, rng: random.Random) -> str:
         name = rng.choice(self.kind.names)
         draw = rng.random()
-        if draw < 0.2:
+        if draw < 0.15:
             name += rng.choice(("_v2", "_tool", "_api", "_now", "_1", "_fn", "_service"))
-        elif draw < 0.3:
+        elif draw < 0.2:
             name = "".join(part.capitalize() for part in name.split("_"))
-        elif draw < 0.4:
+        elif draw < 0.3:
             name = rng.choice(("home", "my", "app", "user", "fast", "new")) + "_" + name
-        elif draw < 0.5:
+        elif draw < 0.35:
             letters = "abcdefghijklmnopqrstuvwxyz"
-            name = "".join(rng.choice(letters) for _ in range(rng.randint(2, 5)))
+            name = "".join(rng.choice(letters) for _ in range(rng.randint(2, 4)))
         return name
 
     def _property(self, parameter: Parameter) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _value(rng: random.Random) -> str | int:
 def tool_result(rng: random.Random, split: Split) -> tuple[str, str, str]:
     """What a tool returns, the sentence that reports it, and its key."""
     while True:
-        names = rng.sample(_RESULT_KEYS, rng.choice((1, 1, 2, 2, 3)))
+        names = rng.sample(_RESULT_KEYS, rng.choice((1, 1, 1, 2, 2)))
         result = {name: _value(rng) for name in names}
         key = f"result|{json.dumps(result)}"
         if operands_split(key) == split:
@@ -128,7 +128,7 @@ def tool_result(rng: random.Random, split: Split) -> tuple[str, str, str]:
 
 def offer_tools(rng: random.Random, split: Split) -> list[OfferedTool]:
     """One to four different tools, no two of them with the same name."""
-    count = rng.choices((1, 2, 3, 4), (4, 4, 3, 1))[0]
+    count = rng.choices((1, 2, 3), (5, 4, 1))[0]
     tools = [OfferedTool(rng, kind, split) for kind in rng.sample(TOOL_KINDS, count)]
     return tools if len({tool.name for tool in tools}) == count else offer_tools(rng, split)
 

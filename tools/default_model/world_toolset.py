@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from world_chat import NAMES
-from world_facts import COUNTRIES, DAYS
+from world_facts import COUNTRIES
 from world_tasks import WORDS
 
 Draw = Callable[[random.Random], str | int]
@@ -42,11 +42,11 @@ def _nonsense(rng: random.Random) -> str:
 
 
 def _place(rng: random.Random) -> str:
-    return _nonsense(rng) if rng.random() < 0.25 else rng.choice(_CITIES)
+    return _nonsense(rng) if rng.random() < 0.15 else rng.choice(_CITIES)
 
 
 def _person(rng: random.Random) -> str:
-    return _nonsense(rng) if rng.random() < 0.2 else rng.choice(NAMES)
+    return _nonsense(rng) if rng.random() < 0.1 else rng.choice(NAMES)
 
 
 def _text(rng: random.Random) -> str:
@@ -169,31 +169,6 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
         ),
     ),
     ToolKind(
-        "currency",
-        ("convert_currency", "currency", "exchange", "convert_money", "exchange_rate"),
-        ("Convert money.", "Convert an amount from one currency to another."),
-        (
-            Parameter(("amount", "value", "sum"), "integer", "The amount.", _number(1, 999)),
-            Parameter(
-                ("from", "source", "from_currency"),
-                "string",
-                "Currency to convert from.",
-                _one_of(*_CURRENCIES),
-            ),
-            Parameter(
-                ("to", "target", "to_currency"),
-                "string",
-                "Currency to convert to.",
-                _one_of(*_CURRENCIES),
-            ),
-        ),
-        (
-            *("Convert {0} {1} to {2}.", "How much is {0} {1} in {2}?", "What is {0} {1} in {2}?"),
-            *("Change {0} {1} into {2}.", "Exchange {0} {1} to {2}.", "Convert {0} {1} into {2}."),
-            *("Please convert {0} {1} to {2}.", "I want to convert {0} {1} to {2}."),
-        ),
-    ),
-    ToolKind(
         "translate",
         ("translate", "translate_text", "translator", "translation", "to_language"),
         ("Translate a text.", "Translate words into another language."),
@@ -213,24 +188,6 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
         ),
     ),
     ToolKind(
-        "music",
-        ("play_music", "play_song", "music_player", "play", "start_music"),
-        ("Play music.", "Play a song by its title."),
-        (
-            Parameter(
-                ("song", "title", "track", "name"),
-                "string",
-                "The title of the song.",
-                lambda rng: _nonsense(rng) if rng.random() < 0.4 else rng.choice(_SONGS),
-            ),
-        ),
-        (
-            *("Play the song {0}.", "Play {0}.", "I want to hear {0}.", "Please play {0}."),
-            *("Can you play {0}?", "Start the song {0}.", "I want to listen to {0}."),
-            *("Play the track {0}.", "Put on {0}."),
-        ),
-    ),
-    ToolKind(
         "light",
         ("switch_light", "light", "set_light", "lamp_control", "lights"),
         ("Switch a light on or off.", "Control the light of a room."),
@@ -246,18 +203,6 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
         ),
     ),
     ToolKind(
-        "stock",
-        ("get_stock_price", "stock_price", "stock", "quote", "share_price"),
-        ("Get the price of a stock.", "Get the current price of a share by its symbol."),
-        (Parameter(("symbol", "ticker", "stock", "code"), "string", "Symbol.", _code),),
-        (
-            *("What is the stock price of {0}?", "What is the price of {0} stock?"),
-            *("Get the stock price of {0}.", "How is the {0} stock doing?", "Stock price of {0}?"),
-            *("Tell me the stock price of {0}.", "What does a share of {0} cost?"),
-            *("Look up the stock price of {0}.", "What is the share price of {0}?"),
-        ),
-    ),
-    ToolKind(
         "search",
         ("search_web", "web_search", "search", "find", "lookup"),
         ("Search the web.", "Find pages on the internet."),
@@ -267,50 +212,6 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
             *("Look for {0} on the web.", "Please search the web for {0}."),
             *("Search the internet for {0}.", "Can you search the web for {0}?"),
             *("Find something about {0} on the internet.", "Do a web search for {0}."),
-        ),
-    ),
-    ToolKind(
-        "distance",
-        ("get_distance", "distance", "route", "how_far", "trip_length"),
-        ("Get the distance between two cities.", "Tell how far two places are apart."),
-        (
-            Parameter(("origin", "start", "from", "a"), "string", "First city.", _place),
-            Parameter(("destination", "end", "to", "b"), "string", "Second city.", _place),
-        ),
-        (
-            *("How far is it from {0} to {1}?", "What is the distance from {0} to {1}?"),
-            *("What is the distance between {0} and {1}?", "How far is {0} from {1}?"),
-            *("Tell me the distance from {0} to {1}.", "Distance between {0} and {1}?"),
-            *("Get the distance between {0} and {1}.", "How many kilometers from {0} to {1}?"),
-        ),
-    ),
-    ToolKind(
-        "event",
-        ("add_event", "create_event", "calendar", "new_event", "schedule"),
-        ("Add an event to the calendar.", "Create an entry in the calendar."),
-        (
-            Parameter(("title", "name", "event", "what"), "string", "What it is.", _text),
-            Parameter(("day", "date", "when"), "string", "The day.", _one_of(*DAYS)),
-        ),
-        (
-            *("Add {0} to my calendar on {1}.", "Put {0} into my calendar on {1}."),
-            *("Put {0} on my calendar for {1}.", "Schedule {0} for {1}.", "Plan {0} on {1}."),
-            *("Add {0} to the calendar for {1}.", "Create an event for {0} on {1}."),
-            *("Please schedule {0} on {1}.", "Enter {0} into my calendar on {1}."),
-        ),
-    ),
-    ToolKind(
-        "order",
-        ("order_food", "order", "place_order", "food_order", "buy_food"),
-        ("Order food.", "Place an order at a restaurant."),
-        (
-            Parameter(("quantity", "count", "amount", "n"), "integer", "How many.", _number(1, 12)),
-            Parameter(("item", "food", "dish", "product"), "string", "What.", _one_of(*_FOODS)),
-        ),
-        (
-            *("Order {0} {1}.", "I want to order {0} {1}.", "Please order {0} {1}."),
-            *("Get me {0} {1}.", "Can you order {0} {1}?", "I would like to order {0} {1}."),
-            *("Place an order for {0} {1}.", "Order {0} {1} for me."),
         ),
     ),
     ToolKind(
@@ -339,36 +240,6 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
             *("Send a message to {0}: {1}", "Text {0}: {1}", "Send {0} the message: {1}"),
             *("Message {0}: {1}", "Send this message to {0}: {1}", "Tell {0}: {1}"),
             *("Please send a message to {0}: {1}", "Write a message to {0}: {1}"),
-        ),
-    ),
-    ToolKind(
-        "note",
-        ("save_note", "create_note", "note", "write_note", "remember"),
-        ("Save a note.", "Write down a note."),
-        (Parameter(("text", "note", "content", "body"), "string", "The text.", _text),),
-        (
-            *("Make a note: {0}", "Save a note: {0}", "Note this: {0}", "Write a note: {0}"),
-            *("Write this down: {0}", "Take a note: {0}", "Please note: {0}", "New note: {0}"),
-        ),
-    ),
-    ToolKind(
-        "heating",
-        ("set_temperature", "heating", "thermostat", "heat_room", "room_temperature"),
-        ("Set the temperature of a room.", "Control the heating."),
-        (
-            Parameter(("room", "where", "area"), "string", "The room.", _one_of(*_ROOMS)),
-            Parameter(
-                ("degrees", "temperature", "value", "celsius"),
-                "integer",
-                "The temperature.",
-                _number(12, 28),
-            ),
-        ),
-        (
-            *("Set the {0} to {1} degrees.", "Heat the {0} to {1} degrees."),
-            *("Set the temperature in the {0} to {1} degrees.", "Make the {0} {1} degrees warm."),
-            *("Set the temperature of the {0} to {1}.", "Bring the {0} to {1} degrees."),
-            *("I want {1} degrees in the {0}.", "Please set the {0} to {1} degrees."),
         ),
     ),
 )
