@@ -69,18 +69,18 @@ def _converse(
                 emit("\n")
             except TrimaranError as error:
                 console.print(error.message, style="red", markup=False)
-                messages.pop()
 
 
 async def _turn(backend: Backend, messages: Messages, text: str, settings: dict[str, Any]) -> None:
-    """One question and its answer, which join the conversation, even if cut short."""
-    messages.append({"role": "user", "content": text})
+    """One question and its answer. They join the conversation together, even if the answer was cut
+    short, or not at all: two questions in a row are refused by strict templates."""
+    question = {"role": "user", "content": text}
     pieces: list[str] = []
     try:
-        async for piece in backend.chat(messages, settings):
+        async for piece in backend.chat([*messages, question], settings):
             pieces.append(piece)
             emit(piece)
         emit("\n")
     finally:
         if pieces:
-            messages.append({"role": "assistant", "content": "".join(pieces)})
+            messages += [question, {"role": "assistant", "content": "".join(pieces)}]

@@ -15,14 +15,18 @@ from typing import Any
 
 from .. import __version__
 
-PACKAGES = (
+BASE_PACKAGES = (
     "torch",
     "transformers",
     "tokenizers",
     "safetensors",
     "numpy",
     "jinja2",
-    "starlette",
+    "rich",
+    "psutil",
+)
+SERVER_PACKAGES = (
+    "fastapi",
     "uvicorn",
     "uvloop",
     "httptools",
@@ -75,7 +79,7 @@ def build_report() -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {"trimaran": __version__}
-    for name in PACKAGES:
+    for name in BASE_PACKAGES + SERVER_PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -141,9 +145,10 @@ def _platforms() -> dict[str, str]:
 
 
 def _remarks(report: dict[str, Any]) -> Any:
-    missing = [name for name, found in report["versions"].items() if found == "not installed"]
-    if missing:
-        yield f"not installed (needed by `trimaran serve`): {', '.join(missing)}"
+    for packages, need in ((BASE_PACKAGES, "everything"), (SERVER_PACKAGES, "`trimaran serve`")):
+        missing = [name for name in packages if report["versions"][name] == "not installed"]
+        if missing:
+            yield f"not installed (needed by {need}): {', '.join(missing)}"
     if report["limits"]["open files"] < MIN_OPEN_FILES:
         yield f"the limit of open files is low: raise it (ulimit -n {MIN_OPEN_FILES})"
     if not any(text.startswith("usable") for text in report["platforms"].values()):

@@ -197,3 +197,10 @@ def test_figures_of_a_serving_benchmark():
     assert result["ttft_ms_mean"] == pytest.approx(500)
     assert result["itl_ms_p99"] == pytest.approx(300)
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0 and percentile([], 0.5) == 0.0
+
+
+def test_percentiles_are_nearest_ranks():
+    values = list(range(1, 101))
+    assert percentile(values, 0.99) == 99 and percentile(values, 0.5) == 50
+    assert percentile([1, 2], 0.5) == 1 and percentile([], 0.5) == 0.0
+    assert percentile([3], 0.0) == 3 and percentile(values, 1.0) == 100
