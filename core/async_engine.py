@@ -237,7 +237,8 @@ class AsyncEngine:
         cache_salt: str = "",
         key_id: bytes = b"",
     ) -> BeamSearchOutput:
-        """The best sequences. Raises as `submit` does; cancelling aborts the search."""
+        """The best sequences. Raises as `submit` does, and `StepError` for a search that failed or
+        was aborted; cancelling aborts it."""
         options = {"priority": priority, "cache_salt": cache_salt, "key_id": key_id, "beam": params}
         limits = SamplingParams(
             max_tokens=params.max_tokens,
@@ -253,7 +254,8 @@ class AsyncEngine:
             self._abandon(request.request_id)
 
     async def abort(self, request_id: str) -> None:
-        """End a request; its stream gets a last output with finish_reason "abort"."""
+        """End a request; its stream gets a last output with finish_reason "abort", a beam search
+        raises `StepError`."""
         if request_id in self._streams or request_id in self._beams:
             self._link.send(AbortRequests([request_id]))
 

@@ -155,7 +155,8 @@ class LLM:
     def beam_search(
         self, prompts: PromptInput | Iterable[PromptInput], params: BeamSearchParams
     ) -> list[BeamSearchOutput]:
-        """The best `beam_width` sequences of each prompt, best first."""
+        """The best `beam_width` sequences of each prompt, best first. Raises `StepError` if a
+        search fails."""
         limits = SamplingParams(
             max_tokens=params.max_tokens,
             temperature=params.temperature,

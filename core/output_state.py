@@ -167,6 +167,11 @@ class RequestState:
     def finished(self) -> bool:
         return self._num_open == 0
 
+    @property
+    def is_beam_search(self) -> bool:
+        """Then its result comes as one `BeamOutput`, and nothing before it."""
+        return self._request.beam is not None
+
     def absorb(self, output: SequenceOutput, now: float) -> FinishSequence | None:
         sequence = self._sequences[output.index]
         if sequence.finish_reason is not None:

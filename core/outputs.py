@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from .engine.faults import revive
-from .engine.messages import BeamOutput, EngineRequest, FinishSequence, StepMessage
+from .engine.messages import BeamOutput, EngineRequest, FinishSequence, SequenceOutput, StepMessage
 from .errors import StepError, TrimaranError
 from .output_state import RequestState
 from .text.tokenizer import Tokenizer
@@ -65,6 +65,9 @@ class OutputProcessor:
             state = self._states.get(output.request_id)
             if state is None:
                 continue
+            if state.is_beam_search:
+                self._end_search(output, processed)
+                continue
             try:
                 finish = state.absorb(output, now)
             except Exception as error:
@@ -87,6 +90,14 @@ class OutputProcessor:
                 reason = revive(refused.kind, refused.message, refused.param, refused.retry_after)
                 processed.failures.append((refused.request_id, reason))
         return processed
+
+    def _end_search(self, output: SequenceOutput, processed: Processed) -> None:
+        """A search says nothing of its own sequences unless it ends without a result."""
+        if output.finish_reason is None:
+            return
+        self.discard(output.request_id)
+        reason = output.error or f"the beam search ended early: {output.finish_reason}"
+        processed.failures.append((output.request_id, StepError(reason)))
 
     def _add_beams(self, beams: list[BeamOutput], processed: Processed) -> None:
         for beam in beams:

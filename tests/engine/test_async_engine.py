@@ -19,6 +19,7 @@ from trimaran.core.errors import (
     ModelLoadError,
     QueueFullError,
     ShuttingDownError,
+    StepError,
 )
 from trimaran.core.sampling_params import BeamSearchParams, SamplingParams
 
@@ -225,6 +226,32 @@ async def test_a_failed_step_is_a_finish_reason(make):
         assert outputs[-1].outputs[0].finish_reason == "error"
         assert "the fuse blew" in outputs[-1].outputs[0].stop_reason
         assert await collect(engine.generate([6], SamplingParams(max_tokens=2)))
+
+
+async def test_a_failed_search_raises(make):
+    def fail(number, plan):
+        if number == 2:
+            raise RuntimeError("the fuse blew")
+
+    async with make(FakeExecutor(on_submit=fail)) as engine:
+        params = BeamSearchParams(beam_width=2, max_tokens=8)
+        with pytest.raises(StepError, match="the fuse blew"):
+            await asyncio.wait_for(engine.beam_search([5], params), 10)
+        assert engine.num_unfinished == 0
+        assert (await asyncio.wait_for(engine.beam_search([5], params), 10)).sequences
+        await until(lambda: engine_stats(engine).kv_used == 0)
+
+
+async def test_an_aborted_search_raises(make):
+    async with make(slowed()) as engine:
+        params = BeamSearchParams(beam_width=2, max_tokens=200, ignore_eos=True)
+        search = asyncio.create_task(engine.beam_search([5], params, request_id="mine"))
+        await until(lambda: engine_stats(engine).num_running > 0)
+        await engine.abort("mine")
+        with pytest.raises(StepError, match="abort"):
+            await asyncio.wait_for(search, 10)
+        assert engine.num_unfinished == 0
+        await until(lambda: engine_stats(engine).kv_used == 0)
 
 
 async def test_a_dead_engine_is_told_to_everyone_then_restarted(make):

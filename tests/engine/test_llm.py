@@ -12,7 +12,8 @@ from helpers.tiny_tokenizers import byte_level, save
 
 from trimaran import LLM, BeamSearchParams, SamplingParams
 from trimaran.core.engine.inproc import InprocClient
-from trimaran.core.errors import ConfigError, InvalidRequestError, ModelLoadError
+from trimaran.core.engine.messages import AbortRequests
+from trimaran.core.errors import ConfigError, InvalidRequestError, ModelLoadError, StepError
 from trimaran.core.llm import MIN_WINDOW
 
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
@@ -112,6 +113,23 @@ def test_beams_best_first(llm):
         scores = [beam.score for beam in result.sequences]
         assert len(scores) == 3 and scores == sorted(scores, reverse=True)
         assert all(len(beam.token_ids) == 5 for beam in result.sequences)
+
+
+@pytest.mark.parametrize("how", ["fail", "abort"])
+def test_a_search_without_a_result_raises_and_frees_all(fake, how):
+    def end(number, plan):
+        if number == 2 and how == "fail":
+            raise RuntimeError("the fuse blew")
+        if number == 2:
+            llm._client.send(AbortRequests(["0"]))
+
+    with fake(FakeExecutor(on_submit=end)) as llm:
+        params = BeamSearchParams(beam_width=2, max_tokens=8, ignore_eos=True)
+        with pytest.raises(StepError, match="the fuse blew" if how == "fail" else "abort"):
+            llm.beam_search([[5], [6]], params)
+        assert llm.get_metrics()["kv_used"] == len(llm._processor) == len(llm._failures) == 0
+        (result,) = llm.beam_search([[5]], params)
+        assert all(len(beam.token_ids) == 8 for beam in result.sequences)
 
 
 def test_enqueued_requests_wait_for_completion(llm):

@@ -236,6 +236,22 @@ def test_beams_are_decoded_best_first(tokenizer):
     assert result.sequences[0].score == -0.5 and result.sequences[1].finish_reason == "length"
 
 
+@pytest.mark.parametrize(
+    ("reason", "error", "words"),
+    [(FinishReason.ERROR, "out of paper", "out of paper"), (FinishReason.ABORT, None, "abort")],
+)
+def test_a_search_that_ends_without_a_result_is_a_failure(tokenizer, reason, error, words):
+    processor = OutputProcessor(tokenizer)
+    params = BeamSearchParams(beam_width=2, max_tokens=3)
+    processor.add(EngineRequest("b", Prompt.of_tokens([5]), SamplingParams(), beam=params))
+    end = StepMessage([SequenceOutput("b", 0, [], finish_reason=reason, error=error)])
+    processed = processor.process(end)
+    ((request_id, failure),) = processed.failures
+    assert request_id == "b" and isinstance(failure, StepError) and words in failure.message
+    assert not processed.outputs and len(processor) == 0
+    assert not processor.process(end).failures
+
+
 def test_merged_deltas_equal_the_stream(tokenizer):
     def outputs():
         run = Run(tokenizer, n=2, output_kind="delta", logprobs=0, prompt_logprobs=0)
