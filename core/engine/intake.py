@@ -19,15 +19,6 @@ from .messages import EngineRequest
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
 
-# generation_config.json's names for our fields, where they differ.
-GENERATION_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
 # A text this many times longer (in characters) than the context (in tokens) is looked at piece
 # by piece: a token has some four characters, so it is almost surely too long.
 LONG_TEXT_FACTOR = 8
@@ -57,13 +48,12 @@ class Intake:
         self._root = functools.lru_cache(maxsize=1024)(self._find_root)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
-        """The model's generation defaults, then `overrides`."""
-        given = self._model.generation
-        fields = {
-            ours: given[theirs]
-            for theirs, ours in GENERATION_FIELDS.items()
-            if given.get(theirs) is not None
-        }
+        """The model's generation defaults, then `overrides`. A default of `max_tokens` below the
+        `min_tokens` asked for does not hold: the rest of the context is allowed then."""
+        fields = dict(self._model.generation)
+        most, least = fields.get("max_tokens"), overrides.get("min_tokens")
+        if isinstance(most, int) and isinstance(least, int) and most < least:
+            fields["max_tokens"] = None
         return SamplingParams(**{**fields, **overrides})
 
     def prepare(
