@@ -1,4 +1,4 @@
-"""Bounded JSON: malformed, deep or huge documents are refused, and big ones parsed off the loop.
+"""Bounded JSON: malformed, deep or huge documents are refused, and big ones read off the loop.
 
 msgspec refuses NaN, infinities, bad UTF-8, lone surrogates and overlong numbers by itself.
 """
@@ -6,17 +6,22 @@ msgspec refuses NaN, infinities, bad UTF-8, lone surrogates and overlong numbers
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 
 from ..core.errors import InvalidRequestError
 
+T = TypeVar("T")
+
 MAX_DEPTH = 64
 MAX_KEYS = 10_000
 MAX_VALUES = 4_000_000
-# Below this many bytes, parsing takes less than handing it to a thread.
+# Up to this many bytes, parsing and checking take less than handing them to a thread.
 INLINE_BYTES = 65_536
+# The same for token ids that are compared, or turned into text.
+INLINE_TOKENS = 8_192
 
 _decode = msgspec.json.Decoder().decode
 
@@ -35,10 +40,9 @@ def parse(body: bytes) -> dict[str, Any]:
     return value
 
 
-async def parse_off_loop(body: bytes) -> dict[str, Any]:
-    if len(body) <= INLINE_BYTES:
-        return parse(body)
-    return await asyncio.to_thread(parse, body)
+async def off_loop(big: bool, work: Callable[[], T]) -> T:
+    """What `work` returns; computed in a thread if it is `big`, so that the loop goes on."""
+    return await asyncio.to_thread(work) if big else work()
 
 
 def check_bounds(value: Any) -> None:

@@ -22,7 +22,9 @@ Name = Annotated[str, Field(max_length=256)]
 Label = Annotated[str, Field(max_length=1_024)]
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
+# Long lists are left at their first fault: describing millions would take half a minute, with
+# the interpreter lock held.
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 # Free-form JSON (tool schemas, template variables): its depth and size were bounded as it was
 # parsed, its own keys are bounded here.
 JsonObject = Annotated[dict[Annotated[str, Field(max_length=256)], Any], Field(max_length=256)]

@@ -102,7 +102,7 @@ ToolChoice = Annotated[
 class TemplateFields(RequestModel):
     """What a chat template is given."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     tools: list[Tool] = Field([], max_length=MAX_TOOLS)
     tool_choice: ToolChoice | None = None
     documents: list[JsonObject] | None = Field(None, max_length=MAX_DOCUMENTS)

@@ -7,7 +7,6 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag
 
 from .base import (
-    MAX_PROMPT_TOKENS,
     MAX_PROMPTS,
     MAX_TOKENS,
     Name,
@@ -54,4 +53,4 @@ class CompletionRequest(SamplingFields):
 
 class DetokenizeRequest(RequestModel):
     model: Name | None = None
-    tokens: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] = Field(max_length=MAX_PROMPT_TOKENS)
+    tokens: TokenIds

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from ... import __version__
 from ...core.errors import InvalidRequestError
 from ...core.sampling_params import OutputKind, SamplingParams
-from ..json_body import parse_off_loop
+from ..json_body import INLINE_BYTES, INLINE_TOKENS, off_loop, parse
 from ..protocol.base import M, parse_request
 from ..protocol.sampling import SamplingFields
 from ..responses import JSONResponse
@@ -58,8 +58,8 @@ async def read_request(
     request: Request, model: type[M], state: ServerState
 ) -> tuple[M, dict[str, str]]:
     """The validated body, and the headers of its answer."""
-    body = await parse_off_loop(await request.body())
-    return validated(body, model, state)
+    body = await request.body()
+    return await off_loop(len(body) > INLINE_BYTES, lambda: validated(parse(body), model, state))
 
 
 def validated(body: dict[str, Any], model: type[M], state: ServerState) -> tuple[M, dict[str, str]]:
@@ -119,11 +119,12 @@ def check_combinations(fields: SamplingFields) -> None:
         raise InvalidRequestError("A beam search cannot be streamed.", param="stream")
 
 
-def check_token_ids(model: ServedModel, token_ids: list[int], param: str = "prompt") -> None:
+async def check_token_ids(model: ServedModel, token_ids: list[int], param: str = "prompt") -> None:
     vocab_size = model.engine.model.vocab_size
-    if token_ids and max(token_ids) >= vocab_size:
+    highest = await off_loop(len(token_ids) > INLINE_TOKENS, lambda: max(token_ids, default=0))
+    if highest >= vocab_size:
         raise InvalidRequestError(
-            f"{param}: token id {max(token_ids)} is outside the vocabulary of {vocab_size}.",
+            f"{param}: token id {highest} is outside the vocabulary of {vocab_size}.",
             param=param,
         )
 

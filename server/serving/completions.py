@@ -101,7 +101,7 @@ class Completions:
                     _Prompt(common.truncated(ids, fields.truncate_prompt_tokens), prompt)
                 )
             else:
-                common.check_token_ids(model, prompt)
+                await common.check_token_ids(model, prompt)
                 ids = common.truncated(prompt, fields.truncate_prompt_tokens)
                 prompts.append(_Prompt(ids, None))
         if not prompts or len(prompts) < len(given):

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..json_body import parse_off_loop
+from ..json_body import INLINE_BYTES, INLINE_TOKENS, off_loop, parse
 from ..protocol.chat import TokenizeChatRequest, TokenizeRequest
 from ..protocol.completions import DetokenizeRequest
 from ..responses import JSONResponse
@@ -23,29 +23,36 @@ class Tokens:
         self.state = state
 
     async def tokenize(self, request: Request) -> Response:
-        body = await parse_off_loop(await request.body())
-        if "messages" in body:
-            return await self._chat(body)
-        fields, headers = common.validated(body, TokenizeRequest, self.state)
+        body = await request.body()
+        fields, headers = await off_loop(len(body) > INLINE_BYTES, lambda: self._read(body))
         model = self.state.router.resolve(fields.model)
-        ids = await model.engine.encode(fields.prompt, add_special_tokens=fields.add_special_tokens)
-        return _tokens(model, ids, fields.return_token_strs, headers)
+        if isinstance(fields, TokenizeChatRequest):
+            ids = await chat_prompt.prompt_ids(model, fields)
+        else:
+            ids = await model.engine.encode(
+                fields.prompt, add_special_tokens=fields.add_special_tokens
+            )
+        return await _tokens(model, ids, fields.return_token_strs, headers)
 
-    async def _chat(self, body: dict[str, Any]) -> Response:
-        fields, headers = common.validated(body, TokenizeChatRequest, self.state)
-        model = self.state.router.resolve(fields.model)
-        ids = await chat_prompt.prompt_ids(model, fields)
-        return _tokens(model, ids, fields.return_token_strs, headers)
+    def _read(self, body: bytes) -> tuple[TokenizeRequest | TokenizeChatRequest, dict[str, str]]:
+        values = parse(body)
+        if "messages" in values:
+            return common.validated(values, TokenizeChatRequest, self.state)
+        return common.validated(values, TokenizeRequest, self.state)
 
     async def detokenize(self, request: Request) -> Response:
         fields, headers = await common.read_request(request, DetokenizeRequest, self.state)
         model = self.state.router.resolve(fields.model)
-        common.check_token_ids(model, fields.tokens, "tokens")
-        text = model.engine.tokenizer.decode(fields.tokens, skip_special_tokens=False)
+        await common.check_token_ids(model, fields.tokens, "tokens")
+        decode = model.engine.tokenizer.decode
+        text = await off_loop(
+            len(fields.tokens) > INLINE_TOKENS,
+            lambda: decode(fields.tokens, skip_special_tokens=False),
+        )
         return JSONResponse({"prompt": text}, 200, headers)
 
 
-def _tokens(
+async def _tokens(
     model: ServedModel, ids: list[int], with_text: bool, headers: dict[str, str]
 ) -> Response:
     body: dict[str, Any] = {
@@ -54,5 +61,8 @@ def _tokens(
         "tokens": ids,
     }
     if with_text:
-        body["token_strs"] = [model.engine.tokenizer.token_text(one) for one in ids]
+        token_text = model.engine.tokenizer.token_text
+        body["token_strs"] = await off_loop(
+            len(ids) > INLINE_TOKENS, lambda: [token_text(one) for one in ids]
+        )
     return JSONResponse(body, 200, headers)
