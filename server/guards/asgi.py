@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from starlette._utils import get_route_path as route_path  # what its router compares
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["ASGIApp", "Message", "Receive", "Scope", "Send", "header", "header_values"]
+__all__ = [
+    "ASGIApp",
+    "Message",
+    "Receive",
+    "Scope",
+    "Send",
+    "header",
+    "header_values",
+    "route_path",
+]
 
 
 def header_values(scope: Scope, name: bytes) -> list[bytes]:

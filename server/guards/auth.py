@@ -7,7 +7,7 @@ import hmac
 from collections.abc import Iterable
 
 from ..errors import HTTPError
-from .asgi import ASGIApp, Receive, Scope, Send, header
+from .asgi import ASGIApp, Receive, Scope, Send, header, route_path
 
 PUBLIC_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping"})
 SAFE_METHODS = frozenset({"GET", "HEAD"})
@@ -66,5 +66,6 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
     def _is_public(self, scope: Scope) -> bool:
-        # The path as it was sent: no decoding or joining that could make two paths one.
-        return scope["method"] in SAFE_METHODS and scope["path"] in self.public
+        # The very path that the router compares: percent-decoded once by the HTTP server, and
+        # without the root path that it put in front. So no path is public here and another there.
+        return scope["method"] in SAFE_METHODS and route_path(scope) in self.public

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from ..errors import HTTPError, describe, error_response
 from ..http_protocol import CUT_OFF
 from ..state import ServerState
-from .asgi import ASGIApp, Message, Receive, Scope, Send, header
+from .asgi import ASGIApp, Message, Receive, Scope, Send, header, route_path
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class OuterMiddleware:
             await self.app(scope, receive, send)
             return
         request = _Exchange(scope, send)
-        probe = scope["path"] in PROBES
+        probe = route_path(scope) in PROBES
         if not probe:
             self.state.num_in_flight += 1
         try:

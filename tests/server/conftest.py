@@ -56,6 +56,7 @@ class Server:
             ws="none",
             log_config=None,
             access_log=False,
+            root_path=self.args.root_path,
         )
         server = uvicorn.Server(config)
         server.capture_signals = contextlib.nullcontext

@@ -77,6 +77,20 @@ async def test_metrics_are_public_on_loopback_only(serve):
     assert (await server.client.get("/health")).status_code == 200
 
 
+async def test_probes_under_a_root_path(serve):
+    """The HTTP server puts the root path in front of the path that was sent."""
+    server = serve(api_key=["one"], root_path="/api")
+    async with server.listen() as url, httpx.AsyncClient(base_url=url) as client:
+        for path in sorted(PUBLIC):
+            assert (await client.get(path)).status_code == 200, path
+        for path in ("/v1/models", "/api/health", "/x/health", "/health/", "/%2fhealth"):
+            assert (await client.get(path)).status_code == 401, path
+        assert (await client.get("/v1/models", headers=bearer("one"))).status_code == 200
+        server.state.draining = True
+        assert (await client.get("/livez")).status_code == 200
+        assert (await client.get("/v1/models", headers=bearer("one"))).status_code == 503
+
+
 async def test_hosts(serve):
     async def status(server, *hosts):
         headers = [("host", host) for host in hosts]
