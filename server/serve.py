@@ -148,6 +148,7 @@ class Service:
         if self.stop.is_set():
             await self._drain()
             return 0
+        _log_failures(watch, http)
         self.state.draining = True
         await asyncio.sleep(FAREWELL_SECONDS)
         return 1
@@ -170,6 +171,13 @@ class Service:
             logger.error("the engine did not close cleanly: %s", error)
         if self.args.uds:
             Path(self.args.uds).unlink(missing_ok=True)
+
+
+def _log_failures(*tasks: asyncio.Task[None]) -> None:
+    """What ended these tasks, for those that have ended by an exception."""
+    for task in tasks:
+        if task.done() and not task.cancelled() and (error := task.exception()):
+            logger.error("the server cannot go on", exc_info=error)
 
 
 def read_keys(args: ServerArgs) -> KeyRing:

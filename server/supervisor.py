@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from ..core.errors import EngineDeadError, TrimaranError
+from ..core.errors import EngineDeadError
 from .router import ServedModel
 from .state import ServerState
 
@@ -64,7 +64,7 @@ class Supervisor:
                 await self.model.engine.restart()
                 self.on_start()
                 self.model.down = False
-            except TrimaranError as error:
+            except Exception as error:  # of whatever kind: a failed attempt, and counted as one
                 logger.error("the engine did not start again: %s", error)
                 continue
             logger.info("the engine runs again")
