@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import random
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..errors import ContextLengthError, InvalidRequestError
@@ -128,7 +128,12 @@ class Intake:
         return Prompt.of_tokens(token_ids, text)
 
     def _checked_ids(self, ids: Any) -> list[int]:
-        if not isinstance(ids, Sequence) or isinstance(ids, str | bytes):
+        if not isinstance(ids, Sequence):
+            if not isinstance(ids, Iterable):
+                raise InvalidRequestError(
+                    f"prompt_token_ids is {ids!r:.50}; a list of token ids is wanted.",
+                    param="prompt_token_ids",
+                )
             ids = list(ids)
         if not ids:
             raise InvalidRequestError("the prompt is empty.", param="prompt")

@@ -48,3 +48,22 @@ def test_the_least_asked_for_beats_the_models_most(open_intake):
     assert intake.default_sampling_params(min_tokens=65).max_tokens is None
     with pytest.raises(InvalidRequestError, match="min_tokens"):
         intake.default_sampling_params(min_tokens=65, max_tokens=64)
+
+
+@pytest.mark.parametrize("ids", [None, 5, 0.5, object()])
+def test_token_ids_that_are_no_list_are_refused(open_intake, ids):
+    with pytest.raises(InvalidRequestError, match="list of token ids") as caught:
+        open_intake().prepare({"prompt_token_ids": ids}, SamplingParams(), "x")
+    assert caught.value.param == "prompt_token_ids"
+
+
+@pytest.mark.parametrize("ids", ["56", [5, "6"], {"5": 6}])
+def test_token_ids_of_another_kind_are_refused(open_intake, ids):
+    with pytest.raises(InvalidRequestError, match="whole numbers"):
+        open_intake().prepare({"prompt_token_ids": ids}, SamplingParams(), "x")
+
+
+def test_token_ids_may_come_from_any_iterable(open_intake):
+    for ids in ((5, 6), range(5, 7), iter([5, 6])):
+        request = open_intake().prepare({"prompt_token_ids": ids}, SamplingParams(), "x")
+        assert request.prompt.token_ids == [5, 6]
