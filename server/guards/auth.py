@@ -19,10 +19,13 @@ def digest(key: bytes) -> bytes:
 
 
 class KeyRing:
-    """The accepted keys. Empty: everybody is let in, as one tenant."""
+    """The accepted keys. Empty: everybody is let in, as one tenant.
+
+    Space around a key is no part of it, here as in what is presented.
+    """
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [digest(key.encode()) for key in keys]
+        self._digests = [digest(key.encode().strip()) for key in keys]
 
     def __bool__(self) -> bool:
         return bool(self._digests)

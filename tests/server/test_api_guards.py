@@ -55,6 +55,12 @@ async def test_keys(serve):
     assert (await server.client.get("/v1/models", headers=doubled)).status_code == 401
 
 
+async def test_space_around_a_key_is_no_part_of_it(serve):
+    server = serve(api_key=[" one\n", "two"])
+    for key in ("one", " one", "two ", "\ttwo"):
+        assert (await server.client.get("/v1/models", headers=bearer(key))).status_code == 200
+
+
 async def test_tenants_are_apart(serve):
     server = serve(api_key=["one", "two"])
     for key in ("one", "two", "one"):
