@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,6 +18,8 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_PROMPT_TOKENS = 4_000_000
 MAX_PROMPTS = 2_048
 MAX_UNKNOWN = 64
+# Of the unknown fields inside lists and parts, this many are named.
+MAX_NAMED = 20
 
 Name = Annotated[str, Field(max_length=256)]
 Label = Annotated[str, Field(max_length=1_024)]
@@ -34,7 +37,12 @@ TAGS = frozenset({"<text>", "<tokens>", "<texts>", "<token lists>", "<parts>", "
 
 
 class Part(BaseModel):
-    """A model inside a request. Unknown fields are kept, to be reported."""
+    """A model inside a request. Unknown fields are kept, to be reported.
+
+    `EXTRAS_USED`: they are passed on rather than ignored, so there is nothing to report.
+    """
+
+    EXTRAS_USED: ClassVar[bool] = False
 
     model_config = ConfigDict(
         extra="allow",
@@ -71,17 +79,24 @@ def parse_request(model: type[M], body: Mapping[str, Any]) -> tuple[M, list[str]
         request = model.model_validate(given)
     except ValidationError as error:
         raise from_validation(error, TAGS) from None
-    unknown = _unknown(request)
+    unknown = list(request.model_extra or {})
     if len(unknown) > MAX_UNKNOWN:
         raise InvalidRequestError(f"The request has {len(unknown)} unknown fields.")
-    return request, unknown
+    return request, unknown + list(islice(_unknown_inside(request), MAX_NAMED))
 
 
-def _unknown(part: BaseModel, prefix: str = "") -> list[str]:
-    """Dotted names of all fields that no model declares, in this part and those inside it."""
-    names = [prefix + name for name in part.model_extra or {}]
+def _unknown_inside(part: BaseModel, prefix: str = "") -> Iterator[str]:
+    """Names like `messages[0].foo` of fields that no model declares, in the parts of `part`."""
     for name in type(part).model_fields:
         value = getattr(part, name)
-        if isinstance(value, BaseModel):
-            names += _unknown(value, f"{prefix}{name}.")
-    return names
+        if isinstance(value, Part):
+            yield from _unknown_of(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Part):
+            for index, item in enumerate(value):
+                yield from _unknown_of(item, f"{prefix}{name}[{index}].")
+
+
+def _unknown_of(part: Part, prefix: str) -> Iterator[str]:
+    if not part.EXTRAS_USED:
+        yield from (prefix + name for name in part.model_extra or {})
+    yield from _unknown_inside(part, prefix)

@@ -52,7 +52,9 @@ class ToolCall(Part):
 
 
 class Message(Part):
-    """One message. Fields beyond these reach the template as they are."""
+    """One message. Fields beyond these reach the template as they are, and are not reported."""
+
+    EXTRAS_USED = True
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None

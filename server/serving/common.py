@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 FINGERPRINT = f"trimaran-{__version__}"
 IGNORED_HEADER = "x-trimaran-ignored"
-_UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\[\]-]")
 # Sampling fields that pass to the engine when the request gives them, under the same name.
 _PASSED = (
     "temperature",

@@ -248,5 +248,34 @@ async def test_unknown_fields(serve):
     assert (await strict.complete()).status_code == 200
 
 
+async def test_unknown_fields_inside_lists(serve):
+    tool = {"type": "function", "zeta": 1, "function": {"name": "f", "eta": 1}}
+    call = {"function": {"name": "f", "iota": 1}, "kappa": 1}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Hi", "theta": 1}]},
+        {"role": "assistant", "for_the_template": 1, "tool_calls": [call]},
+    ]
+    names = [
+        "messages[0].content[0].theta",
+        "messages[1].tool_calls[0].kappa",
+        "messages[1].tool_calls[0].function.iota",
+        "tools[0].zeta",
+        "tools[0].function.eta",
+    ]
+    body = {"messages": messages, "tools": [tool]}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        response = await serve().post(path, body)
+        assert response.headers["x-trimaran-ignored"].split(",") == names
+        refused = await serve(strict_params=True).post(path, body)
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == names[0]
+        assert all(name in refused.json()["error"]["message"] for name in names)
+    known = [{"role": "user", "content": "Hi", "for_the_template": 1}]
+    accepted = await serve(strict_params=True).post("/v1/chat/completions", {"messages": known})
+    assert accepted.status_code == 200
+    many = await serve().post("/v1/chat/completions", {**body, "tools": [tool] * 100})
+    assert len(many.headers["x-trimaran-ignored"].split(",")) == 20
+
+
 def test_text_may_be_as_long_as_a_body():
     assert MAX_TEXT == 32 * 2**20
