@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DEFAULT_MODEL = "default"
+# Fields that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
+SIZE_FIELDS = ("max_model_len", "kv_cache_memory_bytes")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -79,6 +81,11 @@ class EngineArgs:
     max_num_queued_tokens: int = option(8_388_608, "Most prompt tokens waiting.")
     tensor_parallel_size: int = option(1, "Processes one model's layers are split over.")
     disable_log_stats: bool = option(False, "No periodic statistics in the log.")
+
+    def __post_init__(self) -> None:
+        for name in SIZE_FIELDS:
+            if isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, str(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,8 +26,6 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 Message = Mapping[str, Any]
 POLL_TIME = 1.0  # seconds; only reached when something else than this thread is waited for
 MIN_WINDOW = 64  # requests
-# Arguments that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
-SIZE_ARGS = ("max_model_len", "kv_cache_memory_bytes")
 
 
 class LLM:
@@ -39,9 +37,6 @@ class LLM:
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **engine_args: Any) -> None:
-        for name in SIZE_ARGS:
-            if isinstance(engine_args.get(name), int):
-                engine_args[name] = str(engine_args[name])
         self._open(InprocClient.from_args(EngineArgs(model=str(model), **engine_args)))
 
     @classmethod

@@ -15,6 +15,7 @@ import torch
 from trimaran.core import resolve as resolve_module
 from trimaran.core.args import EngineArgs
 from trimaran.core.config import EngineConfig
+from trimaran.core.engine.wire import Launch, decode_launch, encode_line
 from trimaran.core.errors import ConfigError, KVMemoryError, ModelLoadError, PlatformError
 from trimaran.core.model_files import resolve_model_path
 from trimaran.core.resolve import resolve
@@ -217,6 +218,16 @@ def test_sizes(text: str | int, value: int) -> None:
 def test_bad_sizes_name_the_flag(text: str) -> None:
     with pytest.raises(ConfigError, match="max_model_len is"):
         parse_size(text, "max_model_len")
+
+
+def test_sizes_may_be_numbers_and_cross_to_the_engine_process() -> None:
+    sizes: dict[str, Any] = {"max_model_len": 8192, "kv_cache_memory_bytes": 2**30}
+    args = EngineArgs(**sizes)
+    assert args == EngineArgs(max_model_len="8192", kv_cache_memory_bytes="1073741824")
+    assert EngineArgs().max_model_len is None
+    assert EngineArgs(max_model_len="auto").max_model_len == "auto"
+    launch = Launch(args, 1, 2, "directory", "to", "from", 20)
+    assert decode_launch(encode_line(launch)).args == args
 
 
 def test_context_length(model: Callable[..., str]) -> None:
