@@ -140,7 +140,8 @@ class AsyncEngine:
         return self._ready().default_sampling_params(**overrides)
 
     async def reset_prefix_cache(self) -> bool:
-        """False while requests run: their blocks are in use."""
+        """Forget cached prefixes. Always done (True): running requests keep the blocks they hold,
+        and publish nothing more."""
         return bool((await self._link.call("reset_prefix_cache"))["done"])
 
     async def check(self) -> Mapping[str, int | str | bool]:

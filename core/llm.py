@@ -194,7 +194,8 @@ class LLM:
         return dataclasses.asdict(self._client.engine.scheduler.stats())
 
     def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes; False if blocks are in use."""
+        """Forget cached prefixes. Always done (True): running requests keep the blocks they hold,
+        and publish nothing more."""
         return self._client.engine.scheduler.reset_prefix_cache()
 
     def apply_model(self, function: Callable[[Any], Any]) -> list[Any]:
