@@ -146,6 +146,11 @@ def rounds(
             after = canary.canary()
             entry = {"before": before, "after": after, "results": results}
             held = not canary.moved(before, after)
+            seconds = {
+                name: {peer: round(result["seconds"], 2) for peer, result in found.items()}
+                for name, found in results.items()
+            }
+            progress.console.print("quiet" if held else "noisy", seconds)
             (kept if held else spare).append(entry)
             progress.update(task, advance=int(held))
             if len(kept) == count:
