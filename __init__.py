@@ -1,4 +1,4 @@
-"""Trimaran: one LLM inference engine on three hulls (CUDA, ROCm, x86 CPU), or a vendor's own.
+"""Trimaran: one LLM inference engine with all hardware behind one contract.
 
 The public names are loaded on first use, so that `import trimaran` stays instant and touches
 neither torch nor a device.

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import openai
@@ -18,8 +17,6 @@ from real_server import RealServer, make_model, wait_until
 import trimaran
 
 pytestmark = pytest.mark.real
-
-DEFAULT_MODEL = Path(trimaran.__file__).parent / "default_model"
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +187,6 @@ def test_the_command_line_talks_to_it(idle):
     assert '"failed": 0' in done.stdout and '"output_tokens": 24' in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(
-    not (DEFAULT_MODEL / "model.safetensors").exists(), reason="the default model is not trained"
-)
 def test_the_default_model_answers():
     running = RealServer("default")
     try:
