@@ -105,6 +105,10 @@ class ServerArgs:
     strict_params: bool = option(False, "400 for unknown request fields instead of a header.")
     max_body_bytes: int = option(33_554_432, "Largest request body.")
     max_header_bytes: int = option(65_536, "Largest request header block.")
+    receive_timeout: float = option(
+        20.0, "Seconds for a request's headers, and for its body (and one more for each 16 KiB)."
+    )
+    max_connections: int = option(16_384, "Most connections; one more gets 503.")
     shutdown_timeout: float = option(30.0, "Seconds to drain after SIGTERM.")
     engine_restarts: int = option(
         3, "Times a dead engine is started again in ten minutes (0: exit instead)."

@@ -113,7 +113,7 @@ def create_app(
     ring = KeyRing(args.api_key) if keys is None else keys
     bound = None if args.uds else args.host
     app: ASGIApp = Routes(state)
-    app = BodyMiddleware(app, args.max_body_bytes)
+    app = BodyMiddleware(app, args)
     app = AuthMiddleware(app, ring, public_metrics=bound is not None and is_loopback(bound))
     app = HostMiddleware(app, allowed_names(bound, args.allowed_hosts))
     app = OuterMiddleware(app, state)

@@ -63,7 +63,7 @@ class Service:
         app, self.state = create_app(EngineRouter(self.model), args, keys=keys)
         config = uvicorn.Config(
             app,
-            http=protocol_class(args.max_header_bytes),  # type: ignore[arg-type]
+            http=protocol_class(args),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,

@@ -10,7 +10,7 @@ import uuid
 from starlette.requests import ClientDisconnect
 
 from ..errors import HTTPError, describe, error_response
-from ..http_protocol import CUT_OFF
+from ..http_protocol import CUT_OFF, SURPLUS
 from ..state import ServerState
 from .asgi import ASGIApp, Message, Receive, Scope, Send, header, route_path
 
@@ -43,6 +43,13 @@ class OuterMiddleware:
                     "The server is shutting down and takes no new requests.",
                     code="shutting_down",
                     headers={"retry-after": "5", "connection": "close"},
+                )
+            if scope.get(SURPLUS) and not probe:
+                raise HTTPError(
+                    503,
+                    "The server has as many connections as it takes; use one that is open.",
+                    code="too_many_connections",
+                    headers={"retry-after": "1"},
                 )
             await self.app(scope, receive, request.send)
         except ClientDisconnect:

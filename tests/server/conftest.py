@@ -51,7 +51,7 @@ class Server:
         sock = socket.create_server(("127.0.0.1", 0))
         config = uvicorn.Config(
             self.app,
-            http=protocol_class(self.args.max_header_bytes),
+            http=protocol_class(self.args),
             lifespan="off",
             ws="none",
             log_config=None,

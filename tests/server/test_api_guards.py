@@ -190,8 +190,8 @@ async def test_a_body_over_the_limit_gets_its_answer(serve):
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_slow_headers_are_not_waited_for(server, monkeypatch):
-    monkeypatch.setattr("trimaran.server.http_protocol.HEADER_SECONDS", 0.2)
+async def test_slow_headers_are_not_waited_for(serve):
+    server = serve(receive_timeout=0.2)
     async with server.listen() as url:
         for beginning in (b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: loc"):
             answer = await exchange(url, beginning)
@@ -202,9 +202,8 @@ async def test_slow_headers_are_not_waited_for(server, monkeypatch):
                 await asyncio.sleep(0.15)
 
 
-async def test_the_time_for_headers_is_not_for_answers(serve, monkeypatch):
-    monkeypatch.setattr("trimaran.server.http_protocol.HEADER_SECONDS", 0.2)
-    server = serve(FakeEngine(pause=0.5))
+async def test_the_time_for_headers_and_body_is_not_for_answers(serve):
+    server = serve(FakeEngine(pause=0.5), receive_timeout=0.2)
     async with server.listen() as url, httpx.AsyncClient(base_url=url) as client:
         assert (await client.post("/v1/completions", json={"prompt": "x"})).status_code == 200
 

@@ -1,0 +1,134 @@
+"""Connections that send slowly, and more of them than are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import time
+
+import httpx
+import pytest
+from conftest import eventually
+
+from trimaran.core.args import ServerArgs
+from trimaran.server import http_protocol
+from trimaran.server.http_protocol import open_files_limit, protocol_class
+
+JSON = ["Content-Type: application/json", "Content-Length: 1000"]
+
+
+def head(*lines, method="POST", path="/v1/completions"):
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
+
+
+async def connect(url):
+    host, port = url.removeprefix("http://").split(":")
+    return await asyncio.open_connection(host, int(port))
+
+
+async def read_answer(reader):
+    """Status and the rest of what comes until the connection is closed."""
+    answer = await asyncio.wait_for(reader.read(), 5)
+    return int(answer[9:12]), answer
+
+
+async def trickle(writer, piece, pause=0.05):
+    with contextlib.suppress(ConnectionError):
+        while True:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause)
+
+
+@pytest.mark.parametrize("piece", [b"", b" "])
+async def test_a_slow_body_is_not_waited_for(serve, piece):
+    server = serve(receive_timeout=0.3)
+    async with server.listen() as url:
+        reader, writer = await connect(url)
+        writer.write(head(*JSON) + b'{"prompt":')
+        task = asyncio.ensure_future(trickle(writer, piece))
+        start = time.monotonic()
+        status, answer = await read_answer(reader)
+        assert status == 408 and b"body_too_slow" in answer and time.monotonic() - start < 2
+        task.cancel()
+        writer.close()
+        await eventually(lambda: server.state.num_in_flight == 0)
+        assert (await server.complete()).status_code == 200
+
+
+async def test_what_has_come_of_a_body_buys_time(serve, monkeypatch):
+    monkeypatch.setattr("trimaran.server.guards.body.SLOWEST_BYTES_PER_SECOND", 100)
+    server = serve(receive_timeout=0.2)
+    async with server.listen() as url:
+        reader, writer = await connect(url)
+        body = b'{"prompt": "Hi"}'
+        writer.write(head(JSON[0], f"Content-Length: {200 + len(body)}"))
+        for _ in range(10):  # half a second
+            writer.write(b" " * 20)
+            await asyncio.sleep(0.05)
+        writer.write(body)
+        assert (await asyncio.wait_for(reader.read(100), 5)).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+
+async def test_the_rest_of_a_refused_request_is_not_read_for_ever(serve, monkeypatch):
+    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 0.3)
+    server = serve(api_key=["one"])
+    async with server.listen() as url:
+        reader, writer = await connect(url)
+        writer.write(head(*JSON))
+        task = asyncio.ensure_future(trickle(writer, b" "))
+        start = time.monotonic()
+        with contextlib.suppress(ConnectionError):  # there was more to read
+            assert (await read_answer(reader))[0] == 401
+        assert time.monotonic() - start < 2
+        task.cancel()
+        writer.close()
+
+
+async def test_empty_lines_do_not_keep_a_connection(serve):
+    server = serve(receive_timeout=0.3)
+    async with server.listen() as url:
+        reader, writer = await connect(url)
+        writer.write(head(method="GET", path="/livez"))
+        await asyncio.wait_for(reader.readuntil(b"}"), 5)
+        task = asyncio.ensure_future(trickle(writer, b"\r\n"))
+        start = time.monotonic()
+        assert (await read_answer(reader))[0] == 408
+        assert time.monotonic() - start < 2
+        task.cancel()
+        writer.close()
+
+
+async def test_connections_beyond_the_limit(serve, monkeypatch):
+    monkeypatch.setattr(http_protocol, "LINGER_SECONDS", 0.3)
+    server = serve(max_connections=8)
+    async with server.listen() as url:
+        taken = [await connect(url) for _ in range(8)]
+        async with httpx.AsyncClient(base_url=url) as client:
+            refused = await client.post("/v1/completions", json={"prompt": "x" * 100_000})
+            assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
+            assert refused.json()["error"]["code"] == "too_many_connections"
+            assert (await client.get("/health")).status_code == 200
+        reader, writer = taken[0]
+        writer.write(head(method="GET", path="/v1/models"))
+        assert (await reader.read(100)).startswith(b"HTTP/1.1 200"), "it was there before"
+        surplus = [await connect(url) for _ in range(3)]
+        assert await asyncio.wait_for(surplus[2][0].read(), 5) == b"", "too many to be told"
+        start = time.monotonic()
+        assert (await read_answer(surplus[0][0]))[0] == 408
+        assert time.monotonic() - start < 2, "a silent one is in the way"
+        for _, writer in [*taken, *surplus]:
+            writer.close()
+        await asyncio.sleep(0.1)
+        async with httpx.AsyncClient(base_url=url) as client:
+            assert (await client.get("/v1/models")).status_code == 200
+
+
+def test_no_more_connections_than_files(caplog):
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert protocol_class(ServerArgs(max_connections=100)).max_connections == 100
+    assert protocol_class(ServerArgs(max_connections=10**9)).max_connections < hard
+    assert "ulimit -n" in caplog.text
+    assert open_files_limit(1) == resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= files
