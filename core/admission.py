@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING
 
@@ -17,41 +19,72 @@ if TYPE_CHECKING:
     from .kv.manager import KVManager
     from .waiting import WaitingQueue
 
-MAX_FAILURES = 2
-"""Failed steps a prompt may have been part of before it is refused."""
+QUARANTINE_SECONDS = 600.0
+"""How long a prompt is refused that failed a step of its own; then it may try again, alone."""
 QUARANTINE_SIZE = 1024
 """Prompts that are remembered as having been part of a failed step."""
 
 
-class Quarantine:
-    """Prompts that were part of failed steps. One that is part of two is refused from then on.
+@dataclass(slots=True)
+class _Record:
+    failures: int = 0
+    refused_until: float = 0.0  # seconds of the scheduler's clock
 
-    A prompt is known by its content, since a retry comes under another id; it is cleared when it
-    is served without failure. Nothing is hashed as long as no step has failed.
+
+class Quarantine:
+    """Prompts that were part of failed steps. Which of a batch was it?
+
+    When one comes again its steps are its own (`watch`): after one failure those of its prompt,
+    after more all of them. If such a step fails, the culprit is known and is refused for a while;
+    whoever was only a bystander is served, at worst slower, and cleared. A prompt is known by its
+    content, since a retry comes under another id. Nothing is hashed as long as no step has failed.
     """
 
-    def __init__(self) -> None:
-        self._failures: OrderedDict[bytes, int] = OrderedDict()
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._records: OrderedDict[bytes, _Record] = OrderedDict()
         self.num_quarantined = 0
 
+    @property
+    def empty(self) -> bool:
+        return not self._records
+
     def check(self, origin: EngineRequest) -> None:
-        if self._failures and self._failures.get(_content(origin), 0) >= MAX_FAILURES:
+        """Raises `StepError` for a prompt that is known to fail."""
+        record = self._records and self._records.get(_content(origin))
+        if record and record.refused_until > self._clock():
             raise StepError(
-                f"request {origin.request_id!r} is quarantined: the forward failed "
-                f"{MAX_FAILURES} times with this prompt in the batch; see the server's log."
+                f"request {origin.request_id!r} is quarantined for "
+                f"{record.refused_until - self._clock():.0f} s: the forward failed "
+                f"{record.failures} times with this prompt, at last in a step of its own; see the "
+                "server's log."
             )
 
-    def failed(self, origin: EngineRequest) -> None:
-        content = _content(origin)
-        failures = self._failures.pop(content, 0) + 1
-        self._failures[content] = failures
-        self.num_quarantined += failures == MAX_FAILURES
-        if len(self._failures) > QUARANTINE_SIZE:
-            self._failures.popitem(last=False)
+    def watch(self, children: list[Request]) -> None:
+        """Set a suspect's sequences apart from others. No more than they need: with one failure
+        until their first token, since nearly all that can be wrong with a request shows by then.
+        """
+        record = self._records and self._records.get(_content(children[0].origin))
+        if record:
+            for child in children:
+                child.party = child.request_id
+                child.alone_until = child.num_prompt if record.failures == 1 else child.max_total
 
-    def served(self, origin: EngineRequest) -> None:
-        if self._failures:
-            self._failures.pop(_content(origin), None)
+    def failed(self, origin: EngineRequest, alone: bool) -> None:
+        """A step failed; `alone`: nobody else had a part in it."""
+        content = _content(origin)
+        record = self._records.pop(content, _Record())
+        self._records[content] = record
+        record.failures += 1
+        if alone and record.failures > 1:
+            record.refused_until = self._clock() + QUARANTINE_SECONDS
+            self.num_quarantined += 1
+        if len(self._records) > QUARANTINE_SIZE:
+            self._records.popitem(last=False)
+
+    def served(self, request: Request) -> None:
+        if request.alone_until:
+            self._records.pop(_content(request.origin), None)
 
 
 def _content(origin: EngineRequest) -> bytes:
@@ -62,12 +95,18 @@ def _content(origin: EngineRequest) -> bytes:
 class Admission:
     """Turns an `EngineRequest` into sequences, or says why it is refused."""
 
-    def __init__(self, config: SchedulerConfig, kv: KVManager, queue: WaitingQueue) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        kv: KVManager,
+        queue: WaitingQueue,
+        clock: Callable[[], float],
+    ) -> None:
         self._config = config
         self._kv = kv
         self._queue = queue
         self._arrivals = count()
-        self.quarantine = Quarantine()
+        self.quarantine = Quarantine(clock)
 
     def admit(self, origin: EngineRequest) -> list[Request]:
         """The sequences of a new request, index 0 first. Raises `InvalidRequestError`,
@@ -83,6 +122,7 @@ class Admission:
         num_children = origin.beam.beam_width if origin.beam else origin.params.n
         children = [self._child(origin, index) for index in range(num_children)]
         self._check_pool(children[0])
+        self.quarantine.watch(children)
         return children
 
     def _child(self, origin: EngineRequest, index: int) -> Request:

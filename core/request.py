@@ -65,6 +65,7 @@ class Request:
     """
 
     __slots__ = (
+        "alone_until",
         "arrival_order",
         "block_reason",
         "controller",
@@ -85,6 +86,7 @@ class Request:
         "num_verified",
         "order",
         "origin",
+        "party",
         "priority",
         "queue_entry",
         "reported_cached",
@@ -147,6 +149,10 @@ class Request:
         self.num_preemptions = 0
         self.num_prompt_logprobs = 0
         self.last_step = -1
+        # Who shares steps with it: everybody's is "", a suspect's its own (see `Quarantine`), until
+        # it has more than `alone_until` tokens.
+        self.party = ""
+        self.alone_until = 0
 
     @property
     def blocks(self) -> list[list[int]]:

@@ -51,9 +51,10 @@ class Scheduler:
         self.kv = KVManager(cache.groups, cache.enable_prefix_caching)
         key = choose_policy(config.policy)
         self.sequences = Sequences(self.kv, key, config.max_num_seqs, clock)
-        self.admission = Admission(config, self.kv, self.sequences.queue)
+        self.admission = Admission(config, self.kv, self.sequences.queue, clock)
         self.settlement = Settlement(self.kv, self.sequences, self.admission.quarantine)
         self._next_step = 0
+        self._turn = 0
         self._budget = 0
         self._num_prompt_tokens = 0
         self._last_step_tokens = 0
@@ -87,6 +88,7 @@ class Scheduler:
             if child.index == index and not child.origin.beam:
                 self.sequences.num_tokens_kept -= child.truncate(at_token)
                 self.settlement.end(child, FinishReason.STOP)
+                self.admission.quarantine.served(child)
                 return
 
     # ---------------------------------------------------------------- planning
@@ -96,10 +98,10 @@ class Scheduler:
         plan = StepPlan(self._next_step)
         step = StepInFlight(plan)
         self._budget = self.config.max_num_batched_tokens
-        num_preemptions = self.sequences.num_preemptions
-        self._advance_running(step)
-        if self.sequences.num_preemptions == num_preemptions:
-            self._admit_waiting(step)
+        for party in self._parties():
+            self._fill(step, party)
+            if step.requests:
+                break
         plan.removed = self.sequences.take_removed_rows()
         plan.scrubs = self.kv.take_scrubs()
         if not plan.empty:
@@ -108,9 +110,37 @@ class Scheduler:
             self.sequences.in_flight.append(step)
         return plan
 
-    def _advance_running(self, step: StepInFlight) -> None:
-        """Every running sequence catches up, the first in order first. This is the hot loop: a
-        decoding sequence with room in its last block takes the short way."""
+    def _parties(self) -> list[str]:
+        """Who may have this step, in order: the first that has something to compute takes it.
+
+        Nearly always there is one party, everybody. With suspects every other step is offered to
+        one of them first, in turn, so that they hold up neither the others nor one another.
+        """
+        if self.admission.quarantine.empty:
+            return [""]
+        head = self.sequences.queue.peek()
+        suspects: dict[str, None] = {}
+        for request in [*self.sequences.running, *([head] if head else [])]:
+            if request.party and len(request.tokens) > request.alone_until:
+                request.party = ""  # it got past the place where it is suspected
+            elif request.party:
+                suspects[request.party] = None
+        if not suspects:
+            return [""]
+        self._turn += 1
+        order, first = list(suspects), self._turn // 2 % len(suspects)
+        order = order[first:] + order[:first]
+        return ["", *order] if self._turn % 2 else [*order, ""]
+
+    def _fill(self, step: StepInFlight, party: str) -> None:
+        num_preemptions = self.sequences.num_preemptions
+        self._advance_running(step, party)
+        if self.sequences.num_preemptions == num_preemptions:
+            self._admit_waiting(step, party)
+
+    def _advance_running(self, step: StepInFlight, party: str) -> None:
+        """Every running sequence of the party catches up, the first in order first. This is the
+        hot loop: a decoding sequence with room in its last block takes the short way."""
         plan, scheduled = step.plan, step.requests
         rows, starts, counts, emits = plan.rows, plan.starts, plan.counts, plan.emits
         step_id, budget = plan.step_id, self._budget
@@ -119,6 +149,8 @@ class Scheduler:
         while position < len(running) and budget > 0:
             request = running[position]
             position += 1
+            if request.party != party:
+                continue
             start = request.num_computed
             end = known = len(request.tokens) + request.num_pending
             if known >= request.max_total or known == start:
@@ -183,13 +215,13 @@ class Scheduler:
 
     # ---------------------------------------------------------------- admission
 
-    def _admit_waiting(self, step: StepInFlight) -> None:
+    def _admit_waiting(self, step: StepInFlight, party: str) -> None:
         """Start or resume waiting sequences in strict order: if the first cannot, none does."""
         sequences = self.sequences
         while self._budget > 0 and sequences.has_free_row:
             request = sequences.queue.peek()
             # Tokens in flight have to be known before the sequence can be resumed.
-            if request is None or sequences.is_in_flight(request):
+            if request is None or request.party != party or sequences.is_in_flight(request):
                 return
             if not self._admit(step, request):
                 return

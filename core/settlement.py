@@ -59,7 +59,9 @@ class Settlement:
             if plan.emits[i] and not request.yields:
                 assert request.controller is not None and logprobs
                 result = request.controller.reported(request, logprobs)
-                beams += [result] if result else []
+                if result:
+                    beams.append(result)
+                    self._quarantine.served(request)
                 continue
             prompt_logprobs = self._fresh_prompt_logprobs(
                 request, plan.starts[i], output.prompt_logprobs.get(i)
@@ -113,7 +115,7 @@ class Settlement:
         if reason is not None:
             final.finish_reason, final.stop_reason = reason, request.stop_reason
             self._sequences.end(request, reason)
-            self._quarantine.served(request.origin)
+            self._quarantine.served(request)
 
     def _step_back(self, request: Request) -> None:
         """A row that was to yield did not: its last token is computed again, and what later steps
@@ -147,14 +149,18 @@ class Settlement:
         self.end(request, FinishReason.ERROR, message)
 
     def _fail_step(self, step: StepInFlight, error: str) -> None:
-        """The forward raised: all requests of the step end, and what they wrote is not trusted."""
+        """The forward raised: all requests of the step end, and what they wrote is not trusted.
+        Others with the same prompts, which wait for their turn, are suspects from now on."""
         self._sequences.remove_again(step.plan.removed)
         for request in step.requests:
             self._kv.taint(request.kv, request.num_verified)
+        alone = len({request.request_id for request in step.requests}) == 1
         for request in step.requests:
             if request.request_id in self._sequences.by_id and not request.finished:
-                self._quarantine.failed(request.origin)
+                self._quarantine.failed(request.origin, alone)
                 self.end_request(request.request_id, FinishReason.ERROR, error)
+        for children in self._sequences.by_id.values():
+            self._quarantine.watch(children)
 
     def end_request(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
         for child in self._sequences.by_id.get(request_id, [])[:]:
