@@ -80,6 +80,11 @@ class EngineArgs:
     max_num_queued_reqs: int = option(4096, "Most requests waiting; more are refused with 429.")
     max_num_queued_tokens: int = option(8_388_608, "Most prompt tokens waiting.")
     tensor_parallel_size: int = option(1, "Processes one model's layers are split over.")
+    step_timeout: float = option(
+        600.0,
+        "Seconds a step may take; then the engine, or a rank that does not finish it, counts as "
+        "stuck and is ended. An engine inside its caller's process is not watched, its ranks are.",
+    )
     disable_log_stats: bool = option(False, "No periodic statistics in the log.")
 
     def __post_init__(self) -> None:

@@ -36,7 +36,6 @@ Result = TypeVar("Result")
 
 PREPARE_THREADS = 2
 RETRY_AFTER = 1.0  # seconds, when the queue is full
-WATCHDOG = 60.0  # seconds without a sign of life until an engine counts as stuck
 
 
 class AsyncEngine:
@@ -50,9 +49,9 @@ class AsyncEngine:
     model: ModelSpec
     chat_template: ChatTemplate | None
 
-    def __init__(self, args: EngineArgs, *, in_process: bool = False, watchdog: float = WATCHDOG):
+    def __init__(self, args: EngineArgs, *, in_process: bool = False) -> None:
         self._args = args
-        self._link = EngineLink(args, in_process, watchdog)
+        self._link = EngineLink(args, in_process)
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
         self._processor: OutputProcessor | None = None
         self._intake: Intake | None = None

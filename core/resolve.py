@@ -101,6 +101,7 @@ _POSITIVE = (
     "max_num_queued_reqs",
     "max_num_queued_tokens",
     "tensor_parallel_size",
+    "step_timeout",
 )
 
 

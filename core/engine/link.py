@@ -35,10 +35,9 @@ class EngineLink:
     Everything but the polling runs in the loop that called `start`.
     """
 
-    def __init__(self, args: EngineArgs, in_process: bool, watchdog: float) -> None:
+    def __init__(self, args: EngineArgs, in_process: bool) -> None:
         self._args = args
         self._in_process = in_process
-        self._watchdog = watchdog
         self._client: EngineClient | None = None
         self._thread: threading.Thread | None = None
         self._death: EngineDeadError | None = None
@@ -51,7 +50,7 @@ class EngineLink:
 
     def fresh(self) -> EngineLink:
         """A link for another engine of the same kind."""
-        return EngineLink(self._args, self._in_process, self._watchdog)
+        return EngineLink(self._args, self._in_process)
 
     async def start(
         self,
@@ -172,16 +171,18 @@ class EngineLink:
             self._tell(self._die, EngineDeadError(f"the front end failed: {one_line(error)}"))
 
     def _watch(self, client: EngineClient) -> None:
-        """Ping after some silence; an engine that does not answer for long is stuck."""
+        """Ping after some silence. The engine answers between two steps: one that does not for
+        longer than a step may take is stuck."""
         now = time.monotonic()
         if self._pinged is None:
             if now - self._last_heard > PING_AFTER:
                 self._pinged = now
                 client.send(UtilityCall(PING_ID, "ping"))
-        elif now - self._pinged > self._watchdog:
+        elif now - self._pinged > self._args.step_timeout:
             kill = getattr(client, "kill", None)  # an engine in this thread answers or is stuck
             if kill is not None:
-                kill(f"the engine was stuck: no answer for {now - self._pinged:.0f} s")
+                silence = f"no answer for {now - self._pinged:.0f} s (--step-timeout)"
+                kill(f"the engine was stuck: {silence}")
 
     def _tell(self, callback: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed before the engine

@@ -127,7 +127,7 @@ async def test_the_engines_own_words_reach_every_reader(model):
 
 
 async def test_a_stuck_engine_counts_as_dead(model):
-    async with running(dummy_args(model), watchdog=1.0) as engine:
+    async with running(dummy_args(model, step_timeout=1.0)) as engine:
         pid = pid_of(engine)
         await asyncio.sleep(2.5)
         engine.health()  # idle is not stuck
@@ -135,8 +135,20 @@ async def test_a_stuck_engine_counts_as_dead(model):
         await until(lambda: engine.stats().num_running == 1)
         os.kill(pid, signal.SIGSTOP)
         _, error, _ = await asyncio.wait_for(stream, 10)
-        assert "stuck" in error.message
+        assert "stuck" in error.message and "--step-timeout" in error.message
         assert gone(pid, 2)
+
+
+async def test_a_step_may_take_its_time(model):
+    """Silence up to the time-out is a long step, not the end."""
+    async with running(dummy_args(model, step_timeout=30.0)) as engine:
+        stream = asyncio.create_task(read(engine, [5, 6, 7], SamplingParams(**ENDLESS)))
+        await until(lambda: engine.stats().num_running == 1)
+        os.kill(pid_of(engine), signal.SIGSTOP)
+        await asyncio.sleep(4)
+        os.kill(pid_of(engine), signal.SIGCONT)
+        tokens, error, _ = await asyncio.wait_for(stream, 30)
+        assert error is None and len(tokens) == ENDLESS["max_tokens"]
 
 
 async def test_signals_to_the_whole_group_leave_the_draining_to_the_parent(model):

@@ -323,7 +323,14 @@ def test_run_ahead(model: Callable[..., str], caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.parametrize(
-    "name", ["max_num_seqs", "max_num_batched_tokens", "num_threads", "tensor_parallel_size"]
+    "name",
+    [
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "num_threads",
+        "step_timeout",
+        "tensor_parallel_size",
+    ],
 )
 def test_numbers_below_one(model: Callable[..., str], name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0"):
