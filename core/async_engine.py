@@ -26,6 +26,7 @@ from .errors import (
 from .outputs import OutputProcessor, Processed
 from .sampling_params import BeamSearchParams, SamplingParams
 from .streams import Mailbox, RequestStream
+from .text.render_pool import MAX_PROCESSES
 from .text.templates import ChatTemplate
 from .text.tokenizer import Tokenizer
 from .types import BeamSearchOutput, RequestOutput
@@ -49,10 +50,16 @@ class AsyncEngine:
     model: ModelSpec
     chat_template: ChatTemplate | None
 
-    def __init__(self, args: EngineArgs, *, in_process: bool = False) -> None:
+    def __init__(
+        self, args: EngineArgs, *, in_process: bool = False, chat_template: str | None = None
+    ) -> None:
+        """`chat_template`: a file with the one to use instead of the model's own."""
         self._args = args
+        self._template_file = chat_template
         self._link = EngineLink(args, in_process)
         self._pool = ThreadPoolExecutor(PREPARE_THREADS, thread_name_prefix="prepare")
+        # Apart, so that templates that loop until they are ended hold up nothing but chats.
+        self._renderers = ThreadPoolExecutor(MAX_PROCESSES, thread_name_prefix="render")
         self._processor: OutputProcessor | None = None
         self._intake: Intake | None = None
         self._streams: dict[str, RequestStream] = {}
@@ -63,8 +70,10 @@ class AsyncEngine:
         self._idle.set()
 
     @classmethod
-    def from_args(cls, args: EngineArgs, *, in_process: bool = False) -> AsyncEngine:
-        return cls(args, in_process=in_process)
+    def from_args(
+        cls, args: EngineArgs, *, in_process: bool = False, chat_template: str | None = None
+    ) -> AsyncEngine:
+        return cls(args, in_process=in_process, chat_template=chat_template)
 
     # ---------------------------------------------------------------------------- life cycle
 
@@ -103,8 +112,9 @@ class AsyncEngine:
         self._draining = True
         await self._link.close()
         self._fail_all(EngineDeadError("the engine was closed"))
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if self._intake is not None and self.chat_template is not None:
+        for pool in (self._pool, self._renderers):
+            pool.shutdown(wait=False, cancel_futures=True)
+        if self._processor is not None and self.chat_template is not None:
             self.chat_template.close()
 
     async def __aenter__(self) -> AsyncEngine:
@@ -160,9 +170,8 @@ class AsyncEngine:
                 "completions.",
                 param="messages",
             )
-        return await self._off_loop(
-            functools.partial(self.chat_template.render, messages, **options)
-        )
+        render = functools.partial(self.chat_template.render, messages, **options)
+        return await asyncio.get_running_loop().run_in_executor(self._renderers, render)
 
     # ------------------------------------------------------------------------------- requests
 
@@ -363,11 +372,14 @@ class AsyncEngine:
 
     def _load_text(self, model: ModelSpec) -> None:
         self.model = model
-        self.tokenizer = Tokenizer.from_path(model.tokenizer_path)
-        self.tokenizer.check_vocabulary(model.vocab_size)
-        self.chat_template = ChatTemplate.from_path(
-            model.tokenizer_path, self.tokenizer.special_tokens
-        )
+        if self._processor is None:  # an engine that starts again has them already
+            self.tokenizer = Tokenizer.from_path(model.tokenizer_path)
+            self.tokenizer.check_vocabulary(model.vocab_size)
+            self.chat_template = ChatTemplate.from_path(
+                self._template_file or model.tokenizer_path, self.tokenizer.special_tokens
+            )
+            if self.chat_template is not None:
+                self.chat_template.warm()
         self._processor = OutputProcessor(self.tokenizer)
 
     def _ready(self) -> Intake:

@@ -56,8 +56,9 @@ class LLM:
             model = client.info.model
             self._tokenizer = tokenizer or Tokenizer.from_path(model.tokenizer_path)
             self._tokenizer.check_vocabulary(model.vocab_size)
+            # Here only the caller waits for a template, and may interrupt it.
             self._template = ChatTemplate.from_path(
-                self._tokenizer.path, self._tokenizer.special_tokens
+                self._tokenizer.path, self._tokenizer.special_tokens, isolated=False
             )
         except BaseException:
             client.close()

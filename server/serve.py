@@ -22,7 +22,6 @@ from ..core.args import EngineArgs, ServerArgs
 from ..core.async_engine import AsyncEngine
 from ..core.env import read_environment
 from ..core.errors import ConfigError, TrimaranError
-from ..core.text.templates import ChatTemplate
 from . import logs
 from .app import create_app
 from .guards.auth import KeyRing
@@ -58,7 +57,9 @@ class Service:
         self.args = args
         self.sock = sock
         self.started = time.monotonic()
-        self.engine = AsyncEngine.from_args(engine_args, in_process=args.in_process_engine)
+        self.engine = AsyncEngine.from_args(
+            engine_args, in_process=args.in_process_engine, chat_template=args.chat_template
+        )
         self.model = ServedModel(self.engine, engine_args)
         app, self.state = create_app(EngineRouter(self.model), args, keys=keys)
         config = uvicorn.Config(
@@ -76,10 +77,7 @@ class Service:
         )
         self.http = HTTPServer(config)
         self.stop = asyncio.Event()
-        self.supervisor = Supervisor(
-            self.model, self.state, args.engine_restarts, self._apply_template
-        )
-        self._template: ChatTemplate | None = None
+        self.supervisor = Supervisor(self.model, self.state, args.engine_restarts)
         self._signals = 0
 
     async def run(self, out: logs.DroppingHandler) -> int:
@@ -117,18 +115,8 @@ class Service:
         finally:
             start.cancel()  # ends the engine by itself; `_shut_down` bounds the time it has
             stop.cancel()
-        self._apply_template()
         self.model.mark_ready()
         return True
-
-    def _apply_template(self) -> None:
-        """Puts the operator's chat template in the place of the model's own."""
-        if self.args.chat_template is None:
-            return
-        if self._template is None:
-            tokens = self.engine.tokenizer.special_tokens
-            self._template = ChatTemplate.from_path(self.args.chat_template, tokens)
-        self.engine.chat_template = self._template
 
     def _ready_line(self) -> str:
         seconds = time.monotonic() - self.started

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 
 from ..core.errors import EngineDeadError
 from .router import ServedModel
@@ -28,11 +27,8 @@ class Supervisor:
         model: ServedModel,
         state: ServerState,
         limit: int,
-        on_start: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_start` is called after each restart, as whoever started it first has done."""
         self.model = model
-        self.on_start = on_start
         self.state = state
         self.limit = limit
         self._restarts: deque[float] = deque()
@@ -62,7 +58,6 @@ class Supervisor:
             self.state.metrics.restarts.labels(self.model.name, str(self.model.index)).inc()
             try:
                 await self.model.engine.restart()
-                self.on_start()
                 self.model.down = False
             except Exception as error:  # of whatever kind: a failed attempt, and counted as one
                 logger.error("the engine did not start again: %s", error)

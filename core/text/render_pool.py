@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidRequestError
@@ -18,14 +19,25 @@ MAX_PROCESSES = 4
 WORKER_MODULE = f"{__package__}.render_worker"
 
 
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    limit: float  # seconds for the next job
+
+
 class RenderPool:
     """Up to `MAX_PROCESSES` rendering processes, started when first needed, reused after that."""
 
     def __init__(self, time_limit: float = TIME_LIMIT) -> None:
         self._time_limit = time_limit
         self._slots = threading.BoundedSemaphore(MAX_PROCESSES)
-        self._idle: list[subprocess.Popen[bytes]] = []
+        self._idle: list[_Worker] = []
         self._lock = threading.Lock()
+
+    def warm(self) -> None:
+        """Start a process for the first job to find; does not wait for it."""
+        with self._lock:
+            self._idle.append(self._start())
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
         """Blocks for at most about `TIME_LIMIT` seconds. Raises `InvalidRequestError`."""
@@ -39,29 +51,29 @@ class RenderPool:
             raise InvalidRequestError(
                 f"the chat template was ended after {self._time_limit:g} s: it loops, or builds "
                 "more text than fits in memory.",
-                param="chat_template",
+                param="messages",
             )
         if "error" in answer:
             raise InvalidRequestError(
-                f"the chat template cannot be rendered: {answer['error']}", param="chat_template"
+                f"the chat template cannot be rendered: {answer['error']}", param="messages"
             )
         return str(answer["text"])
 
     def close(self) -> None:
         with self._lock:
             idle, self._idle = self._idle, []
-        for process in idle:
-            _end(process)
+        for worker in idle:
+            _end(worker.process)
 
     def _exchange(self, job: bytes) -> dict[str, Any] | None:
         """The worker's answer, or None if it died over the job."""
         with self._lock:
-            process = self._idle.pop() if self._idle else None
-        limit = self._time_limit + 0.5  # the alarm in the process comes first
-        if process is None or process.poll() is not None:
-            process, limit = self._start(), START_LIMIT
+            worker = self._idle.pop() if self._idle else None
+        if worker is None or worker.process.poll() is not None:
+            worker = self._start()
+        process = worker.process
         # A worker that even the alarm does not end; also covers a full pipe in either direction.
-        killer = threading.Timer(limit, process.kill)
+        killer = threading.Timer(worker.limit, process.kill)
         killer.start()
         line = b""
         try:
@@ -74,18 +86,20 @@ class RenderPool:
         finally:
             killer.cancel()
             if line.endswith(b"\n"):
+                worker.limit = self._time_limit + 0.5  # the alarm in the process comes first
                 with self._lock:
-                    self._idle.append(process)
+                    self._idle.append(worker)
             else:
                 _end(process)
         return json.loads(line) if line.endswith(b"\n") else None
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+    def _start(self) -> _Worker:
+        process = subprocess.Popen(
             [sys.executable, "-m", WORKER_MODULE, str(self._time_limit)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+        return _Worker(process, START_LIMIT)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

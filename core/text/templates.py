@@ -21,8 +21,9 @@ TOOLS_NAME = "tool_use"
 class ChatTemplate:
     """A Jinja chat template, rendered in the immutable sandbox, bounded in time and size.
 
-    `isolated` templates (an operator's file, a request's own text) are parsed and rendered in a
-    process that is killed when it takes too long; a model's own is rendered here, at less cost.
+    Whoever wrote it, what it does may depend on the messages: so an `isolated` template is rendered
+    in a process that is killed when it takes too long. One that is not is rendered here, at less
+    cost and bounded in size only.
     """
 
     def __init__(
@@ -34,47 +35,40 @@ class ChatTemplate:
         pool: RenderPool | None = None,
     ) -> None:
         """`source`: the template, or named ones (`default`, `tool_use`). `pool`: share another's
-        rendering processes. Raises `InvalidRequestError` for a template that does not parse
-        (an isolated one does so in `check` or `render`)."""
+        rendering processes. Raises `InvalidRequestError` for a template that does not parse."""
         self.sources = {DEFAULT_NAME: source} if isinstance(source, str) else dict(source)
         if not self.sources:
             raise InvalidRequestError("the chat template is empty.", param="chat_template")
         self._special_tokens = dict(special_tokens or {})
+        self._compiled = self._compile()
         self._pool = pool or (RenderPool() if isolated else None)
         self._owns_pool = pool is None
-        self._compiled = {} if self._pool else self._compile()
 
     @classmethod
     def from_path(
-        cls, path: str | Path, special_tokens: Mapping[str, str] | None = None
+        cls,
+        path: str | Path,
+        special_tokens: Mapping[str, str] | None = None,
+        *,
+        isolated: bool = True,
     ) -> ChatTemplate | None:
-        """A model directory's own template (None if it has none), or an operator's file.
+        """A model directory's own template (None if it has none), or a file's.
 
         Raises `ModelLoadError` naming the file that cannot be read or parsed.
         """
         path = Path(path)
-        if not path.is_dir():
-            template = cls(_read(path), special_tokens)
-            template.check(path)
-            return template
-        source, origin = _find_source(path)
+        source, origin = _find_source(path) if path.is_dir() else (_read(path), path)
         if source is None:
             return None
         try:
-            return cls(source, special_tokens, isolated=False)
+            return cls(source, special_tokens, isolated=isolated)
         except InvalidRequestError as error:
             raise ModelLoadError(f"{origin}: {error}") from error
 
-    def check(self, origin: Path) -> None:
-        """Raises `ModelLoadError` naming `origin` if the template cannot be parsed."""
-        if self._pool is None:
-            return  # parsed when it was made
-        for source in self.sources.values():
-            try:
-                # Parsed whole, rendered not at all.
-                self._pool.render("{% if false %}" + source + "{% endif %}", {})
-            except InvalidRequestError as error:
-                raise ModelLoadError(f"{origin}: {error}") from error
+    def warm(self) -> None:
+        """Start a rendering process, if this template needs one, for no request to wait for."""
+        if self._pool is not None:
+            self._pool.warm()
 
     def render(
         self,

@@ -22,8 +22,13 @@ from trimaran.core.errors import (
     StepError,
 )
 from trimaran.core.sampling_params import BeamSearchParams, SamplingParams
+from trimaran.core.text.render_pool import MAX_PROCESSES
 
-TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+TEMPLATE = (
+    "{% if messages[0].content == 'loop' %}{% for i in range(10**5) %}{% for j in range(10**5) %}"
+    "{% endfor %}{% endfor %}{% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+)
 SLOW = {"max_tokens": 200, "ignore_eos": True, "output_kind": "delta", "detokenize": False}
 
 
@@ -32,14 +37,14 @@ def make(tmp_path, monkeypatch):
     """Engines around `executor`, with limits as wanted."""
     save(byte_level(), tmp_path, eos_token="</s>", chat_template=TEMPLATE)
 
-    def build(executor=None, **scheduler):
+    def build(executor=None, chat_template=None, **scheduler):
         class Client(InprocClient):
             @classmethod
             def from_args(cls, args):
                 return cls(fake_config(tmp_path, **scheduler), executor or FakeExecutor())
 
         monkeypatch.setattr(link, "_load", lambda place: Client)
-        return AsyncEngine.from_args(EngineArgs(), in_process=True)
+        return AsyncEngine.from_args(EngineArgs(), in_process=True, chat_template=chat_template)
 
     return build
 
@@ -316,3 +321,31 @@ async def test_many_at_once_each_get_their_own(make):
 
         assert all(await asyncio.gather(*map(one, range(100))))
         assert engine_stats(engine).kv_used == 0
+
+
+async def test_a_models_own_template_that_loops_holds_up_nobody(make):
+    async with make() as engine:
+        chats = [[{"role": "user", "content": "loop"}]] * (MAX_PROCESSES + 1)
+        looping = [asyncio.create_task(engine.render_chat(chat)) for chat in chats]
+        await asyncio.sleep(0.2)
+        start = time.monotonic()
+        params = SamplingParams(max_tokens=2, ignore_eos=True)
+        outputs = await collect(engine.generate("hello", params))
+        assert outputs[-1].finished and time.monotonic() - start < 1
+        for error in await asyncio.gather(*looping, return_exceptions=True):
+            assert isinstance(error, InvalidRequestError) and "ended after 2 s" in error.message
+        assert await engine.render_chat([{"role": "user", "content": "Hi"}]) == "user: Hi\n"
+
+
+async def test_an_operators_template_also_after_a_restart(make, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("mine: {{ messages[0].content }}")
+    async with make(chat_template=str(file)) as engine:
+        template = engine.chat_template
+        assert await engine.render_chat([{"role": "user", "content": "Hi"}]) == "mine: Hi"
+        await engine.restart()
+        assert engine.chat_template is template, "and with it its processes"
+        assert await engine.render_chat([{"role": "user", "content": "Hi"}]) == "mine: Hi"
+    file.write_text("{% if %}")
+    with pytest.raises(ModelLoadError, match="mine.jinja"):
+        await make(chat_template=str(file)).start()

@@ -79,9 +79,19 @@ def test_as_many_processes_as_allowed_and_no_more(pool):
 def test_the_processes_end_with_the_pool():
     pool = RenderPool()
     pool.render("x", {})
-    (process,) = pool._idle
+    (worker,) = pool._idle
     pool.close()
-    assert process.poll() is not None
+    assert worker.process.poll() is not None
+
+
+def test_a_warm_process_is_the_first_jobs():
+    template = ChatTemplate(CHATML)
+    template.warm()
+    (worker,) = template._pool._idle
+    assert worker.limit == START_LIMIT, "it may still be starting"
+    template.render(USER)
+    assert template._pool._idle == [worker] and worker.limit < START_LIMIT
+    template.close()
 
 
 def test_a_long_chat_renders_in_the_other_process(pool):
@@ -167,10 +177,10 @@ def test_templates_of_a_directory_and_errors_that_name_the_file(tmp_path):
     assert ChatTemplate.from_path(tmp_path) is None
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"chat_template": [{"name": "default", "template": "listed"}]}))
-    assert ChatTemplate.from_path(tmp_path).render(USER) == "listed"
+    assert ChatTemplate.from_path(tmp_path, isolated=False).render(USER) == "listed"
     file = tmp_path / "chat_template.jinja"
     file.write_text("{{ messages[0].content }}")
-    assert ChatTemplate.from_path(tmp_path).render(USER) == "Hi"
+    assert ChatTemplate.from_path(tmp_path, isolated=False).render(USER) == "Hi"
     operators = ChatTemplate.from_path(file)
     assert operators.render(USER) == "Hi"
     operators.close()
