@@ -216,7 +216,7 @@ def row_sampling(origin: EngineRequest, index: int) -> RowSampling:
         allowed_token_ids=params.allowed_token_ids,
         bad_words_ids=origin.bad_words_ids,
         min_tokens=params.min_tokens,
-        suppress_ids=_suppress_ids(origin),
+        suppress_ids=origin.suppress_ids,
         seed=(params.seed or 0) & UINT64,
         child_index=index,
         logprobs=params.logprobs,
@@ -229,11 +229,3 @@ def row_sampling(origin: EngineRequest, index: int) -> RowSampling:
     width = origin.beam.beam_width
     # So many that `width` of them go on even if every beam could end in each of the ways.
     return replace(sampling, beam_width=width, logprobs=max(2, 1 + num_ends) * width)
-
-
-def _suppress_ids(origin: EngineRequest) -> list[int]:
-    params = origin.params
-    if params.min_tokens == 0:
-        return []
-    ends = [] if params.ignore_eos else origin.eos_token_ids
-    return sorted({*ends, *params.stop_token_ids})

@@ -10,6 +10,9 @@ from .request import Request, Status
 from .sequences import Sequences, StepInFlight
 from .types import FinishReason, PositionLogprobs
 
+NOT_FINITE = "The model's logits were not finite for this sequence; nothing of it is cached."
+NO_TOKEN_LEFT = "allowed_token_ids, bad_words and min_tokens together leave no token to go on with."
+
 
 class Settlement:
     """Takes the outputs of steps, and collects what the front end has to be told."""
@@ -141,12 +144,15 @@ class Settlement:
 
     def _fail_row(self, request: Request) -> None:
         """NaN logits: the blocks may hold NaN, so they leave the index and are scrubbed, also if
-        the sequence has ended meanwhile."""
+        the sequence has ended meanwhile. Or else no token was left to draw: the sampler reports
+        both alike, and only the words differ."""
         self._kv.taint(request.kv, request.num_verified)
         if request.finished:
             return
-        message = "The model's logits were not finite for this sequence; nothing of it is cached."
-        self.end(request, FinishReason.ERROR, message)
+        allowed = request.origin.params.allowed_token_ids
+        generated = request.tokens[request.num_prompt :]
+        own_fault = allowed and request.origin.own_bans(generated).issuperset(allowed)
+        self.end(request, FinishReason.ERROR, NO_TOKEN_LEFT if own_fault else NOT_FINITE)
 
     def _fail_step(self, step: StepInFlight, error: str) -> None:
         """The forward raised: all requests of the step end, and what they wrote is not trusted.

@@ -74,7 +74,7 @@ class Intake:
         limit = self._model.max_model_len
         if len(tokens.token_ids) >= limit:
             raise too_long(len(tokens.token_ids), limit)
-        return EngineRequest(
+        request = EngineRequest(
             request_id=request_id,
             prompt=tokens,
             params=self._resolve(params, limit - len(tokens.token_ids)),
@@ -84,6 +84,8 @@ class Intake:
             priority=priority,
             beam=beam,
         )
+        self._check_bans(request)
+        return request
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids; `ContextLengthError` early for a text that can never fit."""
@@ -164,6 +166,18 @@ class Intake:
             self._valid_ids(getattr(params, name) or (), name)
         if params.stop:
             self._need_tokenizer("stop")
+
+    def _check_bans(self, request: EngineRequest) -> None:
+        """Something must be left for the first token."""
+        allowed = request.params.allowed_token_ids
+        banned = request.own_bans([])
+        if all(token in banned for token in allowed or range(self._model.vocab_size)):
+            names = ("allowed_token_ids", "bad_words", "min_tokens")
+            raise InvalidRequestError(
+                f"{', '.join(name for name in names if getattr(request.params, name))} together "
+                "leave no token that may come first.",
+                param="allowed_token_ids" if allowed else "bad_words",
+            )
 
     def _resolve(self, params: SamplingParams, room: int) -> SamplingParams:
         """Concrete `max_tokens` and `seed`."""

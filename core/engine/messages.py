@@ -27,6 +27,27 @@ class EngineRequest:
     priority: int = 0
     beam: BeamSearchParams | None = None
 
+    @property
+    def suppress_ids(self) -> list[int]:
+        """What would end a sequence, and is banned until it has `min_tokens` tokens."""
+        params = self.params
+        if params.min_tokens == 0:
+            return []
+        ends = [] if params.ignore_eos else self.eos_token_ids
+        return sorted({*ends, *params.stop_token_ids})
+
+    def own_bans(self, generated: list[int]) -> set[int]:
+        """The ids that the request bans behind what it generated: the host's copy of what the
+        sampler does, to tell a request that leaves itself no token."""
+        banned = {
+            word[-1]
+            for word in self.bad_words_ids
+            if word and generated[max(0, len(generated) - len(word) + 1) :] == word[:-1]
+        }
+        if len(generated) < self.params.min_tokens:
+            banned.update(self.suppress_ids)
+        return banned
+
 
 @dataclass(slots=True)
 class SequenceOutput:

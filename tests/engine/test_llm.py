@@ -280,3 +280,12 @@ def test_the_default_model_answers():
         assert sequence.text.strip() and sequence.finish_reason == "stop"
         assert "<|" not in sequence.text and "\ufffd" not in sequence.text
         assert llm.get_tokenizer().decode(output.prompt_token_ids).endswith("assistant\n")
+
+
+def test_a_request_that_leaves_itself_no_token_reads_that_and_not_of_the_model(llm):
+    (letter,) = llm.get_tokenizer().encode("a", add_special_tokens=False)
+    params = SamplingParams(allowed_token_ids=[letter], bad_words=["aa"], ignore_eos=True)
+    (output,) = llm.generate("hello", params)
+    (sequence,) = output.outputs
+    assert (sequence.token_ids, sequence.finish_reason) == ([letter], "error")
+    assert "leave no token" in sequence.stop_reason

@@ -4,25 +4,27 @@ import dataclasses
 
 import pytest
 from helpers.fake_executor import fake_config
+from helpers.tiny_tokenizers import byte_level, save
 
 from trimaran.core.engine.client import EngineInfo
 from trimaran.core.engine.intake import Intake
 from trimaran.core.errors import InvalidRequestError
 from trimaran.core.model_files import read_generation
 from trimaran.core.sampling_params import SamplingParams
+from trimaran.core.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
 def open_intake(tmp_path):
     """An intake of a model with this generation_config.json and these overrides of it."""
 
-    def build(own="{}", overrides=None):
+    def build(own="{}", overrides=None, tokenizer=None):
         (tmp_path / "generation_config.json").write_text(own)
         generation, _ = read_generation(tmp_path, "auto", overrides or {}, {})
         model = dataclasses.replace(fake_config(tmp_path).model, generation=generation)
         return Intake(EngineInfo(
             model=model, kv_dtype="float32", kv_tokens=1024, max_num_seqs=8, max_num_queued_reqs=8
-        ), None, clamp=False)  # fmt: skip
+        ), tokenizer, clamp=False)  # fmt: skip
 
     return build
 
@@ -67,3 +69,25 @@ def test_token_ids_may_come_from_any_iterable(open_intake):
     for ids in ((5, 6), range(5, 7), iter([5, 6])):
         request = open_intake().prepare({"prompt_token_ids": ids}, SamplingParams(), "x")
         assert request.prompt.token_ids == [5, 6]
+
+
+def test_a_request_that_bans_every_token_is_refused(open_intake, tmp_path):
+    save(byte_level(), tmp_path, eos_token="</s>")
+    tokenizer = Tokenizer.from_path(tmp_path)
+    intake = open_intake(tokenizer=tokenizer)
+    (letter,) = tokenizer.encode("a", add_special_tokens=False)
+    end = tokenizer.eos_token_id
+    wrong = [
+        {"allowed_token_ids": [letter], "bad_words": ["a"]},
+        {"allowed_token_ids": [end], "min_tokens": 1},
+        {"allowed_token_ids": [end, letter, 9], "min_tokens": 1, "bad_words": ["a"],
+         "stop_token_ids": [9]},
+    ]  # fmt: skip
+    for params in wrong:
+        with pytest.raises(InvalidRequestError, match="leave no token") as caught:
+            intake.prepare([5], SamplingParams(**params), "x")
+        assert caught.value.param == "allowed_token_ids"
+        assert all(name in caught.value.message for name in set(params) - {"stop_token_ids"})
+    for params in ({**wrong[0], "allowed_token_ids": [letter, 9]}, {"bad_words": ["a"]}):
+        intake.prepare([5], SamplingParams(**params), "x")
+    intake.prepare([5], SamplingParams(allowed_token_ids=[letter], bad_words=["aa"]), "x")
