@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .engine.messages import EngineRequest, FinishSequence, SequenceOutput
-from .sampling_params import OutputKind, SamplingParams
+from .sampling_params import BeamSearchParams, OutputKind, SamplingParams
 from .text.detokenizer import IncrementalDetokenizer, open_detokenizer
 from .text.stop import StopMatcher, StopStrings
 from .text.tokenizer import Tokenizer
@@ -168,9 +168,9 @@ class RequestState:
         return self._num_open == 0
 
     @property
-    def is_beam_search(self) -> bool:
-        """Then its result comes as one `BeamOutput`, and nothing before it."""
-        return self._request.beam is not None
+    def beam(self) -> BeamSearchParams | None:
+        """Of a beam search: then its result comes as one `BeamOutput`, and nothing before it."""
+        return self._request.beam
 
     def absorb(self, output: SequenceOutput, now: float) -> FinishSequence | None:
         sequence = self._sequences[output.index]

@@ -11,7 +11,7 @@ from .engine.messages import BeamOutput, EngineRequest, FinishSequence, Sequence
 from .errors import StepError, TrimaranError
 from .output_state import RequestState
 from .text.tokenizer import Tokenizer
-from .types import BeamSearchOutput, BeamSequence, RequestOutput
+from .types import BeamSearchOutput, BeamSequence, FinishReason, RequestOutput
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class OutputProcessor:
             state = self._states.get(output.request_id)
             if state is None:
                 continue
-            if state.is_beam_search:
+            if state.beam is not None:
                 self._end_search(output, processed)
                 continue
             try:
@@ -101,10 +101,12 @@ class OutputProcessor:
 
     def _add_beams(self, beams: list[BeamOutput], processed: Processed) -> None:
         for beam in beams:
-            if self.discard(beam.request_id):
-                processed.beams.append((beam.request_id, self._decode_beams(beam)))
+            state = self._states.pop(beam.request_id, None)
+            if state is not None and state.beam is not None:
+                result = self._decode_beams(beam, state.beam.include_stop_str_in_output)
+                processed.beams.append((beam.request_id, result))
 
-    def _decode_beams(self, beam: BeamOutput) -> BeamSearchOutput:
+    def _decode_beams(self, beam: BeamOutput, keep_stop: bool) -> BeamSearchOutput:
         columns = zip(
             beam.token_ids,
             beam.cumulative_logprobs,
@@ -116,7 +118,7 @@ class OutputProcessor:
             [
                 BeamSequence(
                     token_ids,
-                    self._tokenizer.decode(token_ids) if self._tokenizer else "",
+                    self._beam_text(token_ids, keep_stop or reason is not FinishReason.STOP),
                     cumulative_logprob,
                     score,
                     str(reason),
@@ -124,3 +126,9 @@ class OutputProcessor:
                 for token_ids, cumulative_logprob, score, reason in columns
             ]
         )
+
+    def _beam_text(self, token_ids: list[int], whole: bool) -> str:
+        """The engine ends a beam only at a stop token, which stands last."""
+        if self._tokenizer is None:
+            return ""
+        return self._tokenizer.decode(token_ids if whole else token_ids[:-1])

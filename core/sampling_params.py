@@ -60,7 +60,6 @@ class SamplingParams:
     stream_interval: int = 1
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: list[int] | None = None
-    extra_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):  # users write stop="\n"; a frozen instance is mended once
@@ -119,7 +118,11 @@ class SamplingParams:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSearchParams:
     """Beam search: keep the `beam_width` best sequences by
-    cumulative log-probability / length ** length_penalty (as `transformers` scores them)."""
+    cumulative log-probability / length ** length_penalty (as `transformers` scores them).
+
+    `include_stop_str_in_output`: the text keeps the end-of-sequence token, where that has a text
+    (the token ids have it always).
+    """
 
     beam_width: int
     max_tokens: int

@@ -236,6 +236,19 @@ def test_beams_are_decoded_best_first(tokenizer):
     assert result.sequences[0].score == -0.5 and result.sequences[1].finish_reason == "length"
 
 
+@pytest.mark.parametrize(("include", "texts"), [(True, ["ab", "ab"]), (False, ["a", "ab"])])
+def test_the_stop_token_of_a_beam_is_text_only_if_asked(tokenizer, include, texts):
+    processor = OutputProcessor(tokenizer)
+    params = BeamSearchParams(beam_width=2, max_tokens=3, include_stop_str_in_output=include)
+    processor.add(EngineRequest("b", Prompt.of_tokens([5]), SamplingParams(), beam=params))
+    ids = tokenizer.encode("ab", add_special_tokens=False)
+    reasons = [FinishReason.STOP, FinishReason.LENGTH]
+    beam = BeamOutput("b", [ids, ids], [-1.0, -2.0], [-0.5, -2.0], reasons)
+    ((_, result),) = processor.process(StepMessage(beams=[beam])).beams
+    assert [sequence.text for sequence in result.sequences] == texts
+    assert all(sequence.token_ids == ids for sequence in result.sequences)
+
+
 @pytest.mark.parametrize(
     ("reason", "error", "words"),
     [(FinishReason.ERROR, "out of paper", "out of paper"), (FinishReason.ABORT, None, "abort")],
