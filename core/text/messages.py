@@ -14,6 +14,7 @@ TEXT_PART_TYPES = ("text", "input_text", "output_text", "refusal")
 def normalise_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Plain dictionaries with a `role` and a string `content`.
 
+    The role `developer` becomes `system`, the older name of the same thing, which templates know.
     Content parts are joined by newlines, a missing content becomes the empty string, and a tool
     call's `arguments` (a JSON string on the wire) become an object. Raises `InvalidRequestError`
     naming the message and field.
@@ -30,6 +31,8 @@ def _normalise(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise InvalidRequestError(f"{where} must be an object with a `role`.", param=where)
     result = dict(message)
+    if result["role"] == "developer":
+        result["role"] = "system"
     result["content"] = _text_of(message.get("content"), f"{where}.content")
     calls = message.get("tool_calls")
     if calls:
@@ -78,12 +81,13 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return result
 
 
-def _arguments(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        return {} if value is None else value
-    if not value.strip():
+def _arguments(value: Any, where: str) -> Mapping[str, Any]:
+    if value is None or value == "":
         return {}
     try:
-        return json.loads(value)
+        value = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"{where} is not valid JSON: {error}", param=where) from error
+        raise InvalidRequestError(f"{where} is not valid JSON: {error}", param=where) from None
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"{where} is not a JSON object.", param=where)
+    return value

@@ -41,11 +41,15 @@ Content = Annotated[
 
 
 class CalledFunction(Part):
+    EXTRAS_USED = True
+
     name: Name
     arguments: Text = "{}"
 
 
 class ToolCall(Part):
+    EXTRAS_USED = True
+
     id: Label | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -64,6 +68,8 @@ class Message(Part):
 
 
 class ToolFunction(Part):
+    EXTRAS_USED = True
+
     name: str = Field(min_length=1, max_length=256)
     description: Text | None = None
     parameters: JsonObject | None = None
@@ -71,6 +77,10 @@ class ToolFunction(Part):
 
 
 class Tool(Part):
+    """One tool, which the template sees as it was sent."""
+
+    EXTRAS_USED = True
+
     type: Literal["function"]
     function: ToolFunction
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
-
 from ...core.errors import InvalidRequestError
-from ..protocol.chat import TEMPLATE_VARIABLES, ContentPart, Message, TemplateFields
+from ..protocol.chat import TEMPLATE_VARIABLES, TemplateFields
 from ..router import ServedModel
 
 
@@ -16,7 +12,7 @@ async def render(model: ServedModel, fields: TemplateFields) -> str:
     _check(model, fields)
     tools = [tool.model_dump(exclude_none=True) for tool in fields.tools]
     return await model.engine.render_chat(
-        [_template_message(message, index) for index, message in enumerate(fields.messages)],
+        [message.model_dump(exclude_none=True) for message in fields.messages],
         tools=tools if tools and fields.tool_choice != "none" else None,
         documents=fields.documents,
         add_generation_prompt=fields.add_generation_prompt and not fields.continue_final_message,
@@ -58,28 +54,3 @@ def _check(model: ServedModel, fields: TemplateFields) -> None:
             "--chat-template.",
             param="messages",
         )
-
-
-def _template_message(message: Message, index: int) -> dict[str, Any]:
-    """A message as templates expect it: plain text, and arguments as objects."""
-    values = message.model_dump(exclude_none=True)
-    if message.role == "developer":  # the newer name of the same thing; templates know the old
-        values["role"] = "system"
-    values["content"] = _plain_text(message)
-    for number, call in enumerate(values.get("tool_calls", [])):
-        call["function"]["arguments"] = _arguments(call["function"]["arguments"], index, number)
-    return values
-
-
-def _plain_text(message: Message) -> str:
-    if isinstance(message.content, list):
-        return "\n".join(part.text for part in message.content if isinstance(part, ContentPart))
-    return message.content or ""
-
-
-def _arguments(text: str, message: int, call: int) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(text or "{}", type=dict[str, Any])
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        where = f"messages[{message}].tool_calls[{call}].function.arguments"
-        raise InvalidRequestError(f"{where} is not a JSON object.", param=where) from None

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from trimaran.core.engine.messages import EngineStats
 from trimaran.core.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from trimaran.core.sampling_params import OutputKind, SamplingParams
+from trimaran.core.text.messages import normalise_messages
 from trimaran.core.types import (
     BeamSearchOutput,
     BeamSequence,
@@ -183,6 +184,7 @@ class FakeEngine:
         return self.tokenizer.encode(text)
 
     async def render_chat(self, messages, **options):
+        messages = normalise_messages(messages)  # as the template does
         self.rendered.append((messages, options))
         if any("loop" in message["content"] for message in messages):
             raise InvalidRequestError("The chat template took too long.", param="messages")

@@ -249,20 +249,9 @@ async def test_unknown_fields(serve):
 
 
 async def test_unknown_fields_inside_lists(serve):
-    tool = {"type": "function", "zeta": 1, "function": {"name": "f", "eta": 1}}
-    call = {"function": {"name": "f", "iota": 1}, "kappa": 1}
-    messages = [
-        {"role": "user", "content": [{"type": "text", "text": "Hi", "theta": 1}]},
-        {"role": "assistant", "for_the_template": 1, "tool_calls": [call]},
-    ]
-    names = [
-        "messages[0].content[0].theta",
-        "messages[1].tool_calls[0].kappa",
-        "messages[1].tool_calls[0].function.iota",
-        "tools[0].zeta",
-        "tools[0].function.eta",
-    ]
-    body = {"messages": messages, "tools": [tool]}
+    part = {"type": "text", "text": "Hi", "theta": 1}
+    body = {"messages": [{"role": "user", "content": [part, {**part, "eta": 1}]}]}
+    names = [f"messages[0].content{place}" for place in ("[0].theta", "[1].theta", "[1].eta")]
     for path in ("/v1/chat/completions", "/tokenize"):
         response = await serve().post(path, body)
         assert response.headers["x-trimaran-ignored"].split(",") == names
@@ -270,11 +259,22 @@ async def test_unknown_fields_inside_lists(serve):
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == names[0]
         assert all(name in refused.json()["error"]["message"] for name in names)
-    known = [{"role": "user", "content": "Hi", "for_the_template": 1}]
-    accepted = await serve(strict_params=True).post("/v1/chat/completions", {"messages": known})
-    assert accepted.status_code == 200
-    many = await serve().post("/v1/chat/completions", {**body, "tools": [tool] * 100})
+    many = await serve().chat([part] * 100)
     assert len(many.headers["x-trimaran-ignored"].split(",")) == 20
+
+
+async def test_what_the_template_sees_is_not_unknown(serve):
+    tool = {"type": "function", "zeta": 1, "function": {"name": "f", "eta": 1}}
+    call = {"type": "function", "function": {"name": "f", "iota": 1}, "kappa": 1}
+    message = {"role": "assistant", "content": "Hi", "theta": 1, "tool_calls": [call]}
+    server = serve(strict_params=True)
+    body = {"messages": [message], "tools": [tool]}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        assert (await server.post(path, body)).status_code == 200
+        (rendered,), options = server.engine.rendered[-1]
+        call["function"]["arguments"] = {}
+        assert rendered == message and options["tools"] == [tool]
+        del call["function"]["arguments"]
 
 
 def test_text_may_be_as_long_as_a_body():

@@ -135,9 +135,11 @@ def test_content_parts_and_tool_arguments_are_normalised():
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "assistant", "tool_calls": None},
+        {"role": "developer", "content": "c"},
     ]
     plain = normalise_messages(messages)
-    assert [message["content"] for message in plain] == ["a\nb", "", ""]
+    assert [message["content"] for message in plain] == ["a\nb", "", "", "c"]
+    assert plain[3]["role"] == "system"
     assert plain[1]["tool_calls"][0]["function"]["arguments"] == {"x": [1]}
     assert "tool_calls" not in plain[2]
     assert messages[1]["tool_calls"][0]["function"]["arguments"] == '{"x": [1]}'  # untouched
@@ -152,9 +154,12 @@ def test_content_parts_and_tool_arguments_are_normalised():
         ([{"content": "x"}], "messages[0]"),
         ([*USER, {"role": "user", "content": 5}], "messages[1].content"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]"),
-        (
-            [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}],
-            "messages[0].tool_calls[0].function.arguments",
+        *(
+            (
+                [{"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}],
+                "messages[0].tool_calls[0].function.arguments",
+            )
+            for arguments in ("{", "[1]", "1", "[" * 10**5, "9" * 5000, 5)
         ),
     ],
 )
