@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from ...core.errors import InvalidRequestError
 from ...core.sampling_params import SamplingParams
+from ...core.text.tool_calls import MAX_CALLS, HermesParser, ToolCall
 from ...core.types import CompletionOutput, RequestOutput
 from ..protocol.chat import ChatRequest
 from ..responses import JSONResponse
 from ..router import ServedModel
 from ..sse import event
 from ..state import ServerState
-from ..tool_calls import MAX_CALLS, HermesParser, ToolCall
 from . import chat_prompt, common
 from .beams import search, search_usage
 from .logprobs import chat_logprobs, prompt_logprobs

@@ -6,11 +6,10 @@ calls equal those that are not.
 
 from __future__ import annotations
 
+import json
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
-
-import msgspec
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
@@ -42,7 +41,7 @@ class HermesParser:
     num_calls: int = 0
     _pending: list[str] = field(default_factory=list)
     _tail: str = ""
-    _space: str = ""
+    _space: list[str] = field(default_factory=list)
     _inside: bool = False
 
     def feed(self, text: str, *, last: bool = False) -> tuple[str, list[ToolCall]]:
@@ -73,10 +72,11 @@ class HermesParser:
             self._pending.append(text)
             return
         # White space is held back: between calls, and around them, it belongs to no message.
-        text = self._space + text
         kept = text.rstrip()
-        self._space = text[len(kept) :]
-        content.append(kept)
+        if kept:
+            content += [*self._space, kept]
+            self._space.clear()
+        self._space.append(text[len(kept) :])
 
     def _finish(self, content: list[str], calls: list[ToolCall], *, closed: bool) -> None:
         """The body of a call is complete (or, at the end of an answer, simply over)."""
@@ -87,7 +87,7 @@ class HermesParser:
         if parsed is None:
             self._take(content, f"{OPEN}{body}{CLOSE if closed else ''}")
             return
-        self._space = ""
+        self._space.clear()
         if self.num_calls < self.limit:
             calls.append(ToolCall(self.num_calls, *parsed))
             self.num_calls += 1
@@ -96,8 +96,8 @@ class HermesParser:
         if self._inside:
             self._finish(content, calls, closed=False)
         if not self.num_calls:
-            content.append(self._space)
-        self._space = ""
+            content += self._space
+        self._space.clear()
 
 
 def _overlap(text: str, start: int, marker: str) -> int:
@@ -111,13 +111,16 @@ def _overlap(text: str, start: int, marker: str) -> int:
 def _parse_call(body: str) -> tuple[str, str] | None:
     """Name and arguments of a call, or None if the text is not one."""
     try:
-        value = msgspec.json.decode(body.strip().encode())
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+        value = json.loads(body)
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(name, str) or not name:
+            return None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        if not isinstance(arguments, str):
+            arguments = json.dumps(
+                arguments, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+            )
+        (name + arguments).encode()  # a lone surrogate is no text that could be sent on
+    except (ValueError, RecursionError):
         return None
-    name = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(name, str) or not name:
-        return None
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if isinstance(arguments, str):
-        return name, arguments
-    return name, msgspec.json.encode(arguments).decode()
+    return name, arguments
