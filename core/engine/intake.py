@@ -19,9 +19,11 @@ from .messages import EngineRequest
 
 PromptInput = str | Sequence[int] | Mapping[str, Any]
 
-# A text this many times longer (in characters) than the context (in tokens) is looked at piece
-# by piece: a token has some four characters, so it is almost surely too long.
+# A text this many times longer (in characters) than the context (in tokens) is almost surely too
+# long, since a token has some four characters: it is looked at piece by piece. Not so one that is
+# tokenised in an instant: the caller may want its tokens for something else, or cut them to fit.
 LONG_TEXT_FACTOR = 8
+SHORT_TEXT = 1 << 18  # characters
 BOUNDARY_TOKENS = 16  # by so many the tokens of a prefix may exceed those of the whole at its end
 
 
@@ -88,10 +90,11 @@ class Intake:
         return request
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; `ContextLengthError` early for a text that can never fit."""
+        """Token ids, perhaps more than the context holds; `ContextLengthError` early for a long
+        text (more than `SHORT_TEXT` characters) that can never fit."""
         tokenizer = self._need_tokenizer("prompt")
         limit = self._model.max_model_len
-        size = limit * LONG_TEXT_FACTOR
+        size = max(limit * LONG_TEXT_FACTOR, SHORT_TEXT)
         while size < len(text):
             count = len(tokenizer.encode(text[:size], add_special_tokens=False))
             if count > limit + BOUNDARY_TOKENS:

@@ -1,14 +1,15 @@
 """What a request asks for, over what the model's own files say."""
 
 import dataclasses
+import time
 
 import pytest
 from helpers.fake_executor import fake_config
 from helpers.tiny_tokenizers import byte_level, save
 
 from trimaran.core.engine.client import EngineInfo
-from trimaran.core.engine.intake import Intake
-from trimaran.core.errors import InvalidRequestError
+from trimaran.core.engine.intake import LONG_TEXT_FACTOR, Intake
+from trimaran.core.errors import ContextLengthError, InvalidRequestError
 from trimaran.core.model_files import read_generation
 from trimaran.core.sampling_params import SamplingParams
 from trimaran.core.text.tokenizer import Tokenizer
@@ -91,3 +92,23 @@ def test_a_request_that_bans_every_token_is_refused(open_intake, tmp_path):
     for params in ({**wrong[0], "allowed_token_ids": [letter, 9]}, {"bad_words": ["a"]}):
         intake.prepare([5], SamplingParams(**params), "x")
     intake.prepare([5], SamplingParams(allowed_token_ids=[letter], bad_words=["aa"]), "x")
+
+
+def test_a_text_beyond_the_context_is_tokenised_while_that_is_cheap(open_intake, tmp_path):
+    """For `/tokenize`, and for those who cut it to fit; as a prompt it is refused."""
+    save(byte_level(), tmp_path, eos_token="</s>")
+    tokenizer = Tokenizer.from_path(tmp_path)
+    intake = open_intake(tokenizer=tokenizer)
+    long, huge = "hello " * 4_000, "hello " * 10**6
+    assert len(long) > LONG_TEXT_FACTOR * intake.info.model.max_model_len
+    ids = intake.encode(long, add_special_tokens=False)
+    assert tokenizer.decode(ids) == long
+    for text, use in [
+        (long, lambda text: intake.prepare(text, SamplingParams(), "x")),
+        (huge, lambda text: intake.prepare(text, SamplingParams(), "x")),
+        (huge, intake.encode),
+    ]:
+        begin = time.thread_time()
+        with pytest.raises(ContextLengthError, match="context holds 256"):
+            use(text)
+        assert time.thread_time() - begin < 1, "0.1 s on a quiet machine"
