@@ -1,13 +1,14 @@
 """The KV block manager: tables of sequences over cache groups, prefix reuse, forks, leases.
 
-A block lives as long as it has a lease: a sequence's table, a step in flight, a transfer. Nothing
-here knows bytes or devices: what must happen to block contents (copies, scrubs) is handed to the
-plan.
+A block lives as long as it has a lease, which is a count in its pool: of a sequence's table, or of
+the step in flight that the table was left to. Whoever else wants to hold blocks (a transfer) leases
+them in the same way, by `BlockPool.acquire` and `release`. Nothing here knows bytes or devices:
+what must happen to block contents (copies, scrubs) is handed to the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..plan import BlockCopy, BlockRef
@@ -27,28 +28,12 @@ class Usage:
 
 @dataclass(slots=True)
 class _Held:
-    """What a released sequence leaves to the last step that uses it."""
+    """A step's lease: what a released sequence leaves to the last step that uses it."""
 
     sequence: SequenceKV
     tables: list[list[int]]
     copies: list[tuple[int, int]]
     freeing: list[int]  # per group: blocks that become free with this
-
-
-class Lease:
-    """A lease of blocks by something that is no sequence (a transfer). Released once."""
-
-    def __init__(self, manager: KVManager, blocks: Iterable[BlockRef]) -> None:
-        self.blocks = list(blocks)
-        self._manager: KVManager | None = manager
-        for group, block in self.blocks:
-            manager.groups[group].pool.acquire(block)
-
-    def release(self) -> None:
-        manager, self._manager = self._manager, None
-        if manager is not None:
-            for group, block in self.blocks:
-                manager.groups[group].pool.release((block,))
 
 
 class KVManager:

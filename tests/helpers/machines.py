@@ -16,9 +16,8 @@ from hypothesis.stateful import (
 )
 
 from trimaran.core.errors import ContextLengthError, QueueFullError, StepError
-from trimaran.core.kv.manager import KVManager, Lease
+from trimaran.core.kv.manager import KVManager
 from trimaran.core.kv.sequence import SequenceKV
-from trimaran.core.plan import BlockRef
 from trimaran.core.sampling_params import BeamSearchParams
 from trimaran.core.types import FinishReason
 
@@ -301,7 +300,8 @@ class KVMachine(RuleBasedStateMachine):
         self.live: list[Holder] = []
         # What a step in flight may still read: step → (group, block) → contents by slot.
         self.in_flight: dict[int, dict[tuple[int, int], dict[int, object]]] = {}
-        self.leases: list[tuple[Lease, dict[tuple[int, int], dict[int, object]]]] = []
+        # What a transfer may still read.
+        self.leases: list[dict[tuple[int, int], dict[int, object]]] = []
         self.step = 0
 
     def _content(self, holder: Holder, position: int) -> object:
@@ -421,19 +421,20 @@ class KVMachine(RuleBasedStateMachine):
         holder = self._pick(number)
         if holder is not None:
             full = [
-                BlockRef(g, block)
+                (g, block)
                 for g, group in enumerate(self.groups)
                 for block in holder.kv.tables[g][: holder.computed // group.block_size]
                 if block
             ]
-            self.leases.append((Lease(self.manager, full), self._snapshot(list(full))))
+            for g, block in full:
+                self.manager.groups[g].pool.acquire(block)
+            self.leases.append(self._snapshot(full))
 
     @rule()
     def release_lease(self) -> None:
         if self.leases:
-            lease, _ = self.leases.pop(0)
-            lease.release()
-            lease.release()  # the second is without effect
+            for g, block in self.leases.pop(0):
+                self.manager.groups[g].pool.release([block])
 
     @rule()
     def reset(self) -> None:
@@ -455,7 +456,7 @@ class KVMachine(RuleBasedStateMachine):
                     block = table[index] if index < len(table) else copies[g]
                     found = self.memory.get((g, block, position % group.block_size))
                     assert found == self._content(holder, position) and block != 0
-        for snapshot in [*self.in_flight.values(), *(snapshot for _, snapshot in self.leases)]:
+        for snapshot in [*self.in_flight.values(), *self.leases]:
             for (g, block), slots in snapshot.items():
                 for slot, content in slots.items():
                     assert self.memory.get((g, block, slot)) == content, "a held block changed"
@@ -465,7 +466,7 @@ class KVMachine(RuleBasedStateMachine):
         if not hasattr(self, "manager"):
             return
         owners = [holder.kv for holder in self.live]
-        leased = [block for lease, _ in self.leases for block in lease.blocks]
+        leased = [block for lease in self.leases for block in lease]
         check_pools(self.manager, owners, leased)
         usage = self.manager.usage()
         assert usage.used + usage.free == usage.total
@@ -475,8 +476,8 @@ class KVMachine(RuleBasedStateMachine):
             return
         while self.live:
             self.manager.release(self.live.pop().kv, None)
-        for lease, _ in self.leases:
-            lease.release()
+        while self.leases:
+            self.release_lease()
         for step in range(self.step + 1):
             self.manager.end_step(step)
         assert self.manager.usage().used == 0, "blocks leaked"

@@ -17,7 +17,7 @@ from trimaran.core.config import CacheConfig, CacheGroupConfig, SchedulerConfig
 from trimaran.core.engine.messages import BeamOutput, EngineRequest, SequenceOutput
 from trimaran.core.kv.manager import KVManager
 from trimaran.core.kv.sequence import SequenceKV
-from trimaran.core.plan import BlockRef, NewRow, RowSampling, StepOutput, StepPlan
+from trimaran.core.plan import NewRow, RowSampling, StepOutput, StepPlan
 from trimaran.core.sampling_params import BeamSearchParams, SamplingParams
 from trimaran.core.scheduler import Scheduler
 from trimaran.core.types import FinishReason, PositionLogprobs, Prompt
@@ -444,7 +444,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
 
 
 def check_pools(
-    manager: KVManager, owners: list[SequenceKV], leased: Iterable[BlockRef] = ()
+    manager: KVManager, owners: list[SequenceKV], leased: Iterable[tuple[int, int]] = ()
 ) -> None:
     """free + used = total; the free list is exactly the blocks without lease; counts match the
     owners; the index holds only blocks that say so themselves."""

@@ -12,7 +12,7 @@ from helpers.machines import Group
 
 from trimaran.core.kv.block_pool import BlockPool
 from trimaran.core.kv.hashing import block_digest, extend_chain, prefix_root
-from trimaran.core.kv.manager import KVManager, Lease
+from trimaran.core.kv.manager import KVManager
 from trimaran.core.kv.sequence import SequenceKV
 from trimaran.core.plan import BlockRef
 
@@ -234,14 +234,18 @@ def test_a_block_is_freed_with_its_last_lease() -> None:
     manager = KVManager([Group(4, 20, None)])
     kv = computed(manager, list(range(4)))
     block = kv.tables[0][0]
-    lease = Lease(manager, [BlockRef(0, block)])
+    pool = manager.groups[0].pool
+    pool.acquire(block)
     manager.release(kv, step=3)
-    assert manager.usage().used == 1
+    pool.release([block])
+    assert manager.usage().used == 1, "the step still has it"
+    pool.acquire(block)
     manager.end_step(3)
     assert manager.usage().used == 1, "the transfer still has it"
-    lease.release()
-    lease.release()
+    pool.release([block])
     assert manager.usage().used == 0
+    with pytest.raises(RuntimeError, match="more often"):
+        pool.release([block])
 
 
 def test_tainted_blocks_are_scrubbed_once_before_reuse() -> None:
