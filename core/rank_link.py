@@ -18,6 +18,7 @@ import torch
 from ..platforms.interface import GroupSpec
 from .config import EngineConfig
 from .dtypes import dtype_name
+from .log_lines import LogStyle
 
 _LENGTH = struct.Struct("<Q")
 MAX_FRAME = 1 << 31
@@ -30,6 +31,7 @@ class Boot(msgspec.Struct, frozen=True):
 
     config: EngineConfig
     group: GroupSpec
+    log: LogStyle
 
 
 class Report(msgspec.Struct, frozen=True):

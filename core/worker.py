@@ -26,10 +26,10 @@ def main() -> int:
     _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):  # the first rank decides when to end
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     link = Link(socket.socket(fileno=int(sys.argv[1])))
     try:
         boot = link.receive(Boot)
+        boot.log.apply()
         rank = Rank(boot.config, boot.group)
     except LinkClosed:
         return 0

@@ -1,4 +1,4 @@
-"""Log lines: one a record whatever is in it, and never in the way of a request.
+"""Log lines that are never in the way of a request.
 
 A terminal that hangs, a full disk or a closed pipe must not stop the event loop, so records go
 through a bounded queue to a thread; what does not fit, or cannot be written, is counted.
@@ -6,66 +6,15 @@ through a bounded queue to a thread; what does not fit, or cannot be written, is
 
 from __future__ import annotations
 
-import json
 import logging
 import queue
-import re
 import sys
 import threading
-import time
 from typing import TextIO
 
+from ..core.log_lines import PACKAGE, JsonFormatter, TextFormatter
+
 QUEUE_LINES = 10_000
-# C0 with CR, LF and ESC, DEL, C1, and the line separators that some viewers break at.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
-
-def escape(text: str) -> str:
-    r"""`text` on one line: control characters as \xNN or \uNNNN."""
-
-    def spell(match: re.Match[str]) -> str:
-        code = ord(match.group())
-        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
-
-    return _CONTROL.sub(spell, text)
-
-
-class TextFormatter(logging.Formatter):
-    """`2026-01-31 12:00:00.123 INFO server.app [request id] message`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        request_id = getattr(record, "request_id", None)
-        tag = f" [{request_id}]" if request_id else ""
-        head = f"{stamp}.{int(record.msecs):03d} {record.levelname} {_short(record.name)}{tag} "
-        return head + escape(_message(self, record))
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, request_id, message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields: dict[str, str | float] = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "logger": _short(record.name),
-        }
-        request_id = getattr(record, "request_id", None)
-        if request_id:
-            fields["request_id"] = str(request_id)
-        fields["message"] = _message(self, record)
-        return json.dumps(fields)  # ASCII: every control character is escaped
-
-
-def _message(formatter: logging.Formatter, record: logging.LogRecord) -> str:
-    message = record.getMessage()
-    if record.exc_info:
-        message += "\n" + formatter.formatException(record.exc_info)
-    return message
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("trimaran.")
 
 
 class DroppingHandler(logging.Handler):
@@ -118,7 +67,7 @@ def configure(level: str, style: str, stream: TextIO | None = None) -> DroppingH
     handler = DroppingHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
     logging.raiseExceptions = False
-    for name, threshold in (("trimaran", level.upper()), ("uvicorn", "WARNING")):
+    for name, threshold in ((PACKAGE, level.upper()), ("uvicorn", "WARNING")):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.setLevel(threshold)

@@ -22,6 +22,7 @@ from ..core.args import EngineArgs, ServerArgs
 from ..core.async_engine import AsyncEngine
 from ..core.env import read_environment
 from ..core.errors import ConfigError, TrimaranError
+from ..core.log_lines import escape
 from . import logs
 from .app import create_app
 from .guards.auth import KeyRing
@@ -192,13 +193,21 @@ def serve(engine_args: EngineArgs, args: ServerArgs, sock: socket.socket) -> NoR
     try:
         status = _serve(engine_args, args, sock, log, out)
     except TrimaranError as error:
-        log.put(f"trimaran: error: {logs.escape(error.message)}")
+        _say(error, log, args)
         status = 1
     out.finish()
     log.finish()
     # Everything that matters has ended. Taking the interpreter apart would cost seconds, and
     # for ever where a thread hangs: in a write to a full pipe, or in an engine that does not stop.
     os._exit(status)
+
+
+def _say(error: TrimaranError, log: logs.DroppingHandler, args: ServerArgs) -> None:
+    """What ends the server, as every command says it; a reader of JSON gets JSON."""
+    if args.log_format == "json":
+        logger.error("%s", error.message)
+    else:
+        log.put(f"trimaran: error: {escape(error.message)}")
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -223,7 +232,7 @@ def _serve(
             service.state.metrics.collector.dropped_lines = lambda: log.dropped + out.dropped
             return await service.run(out)
         except TrimaranError as error:  # a model that cannot be loaded, for one
-            log.put(f"trimaran: error: {logs.escape(error.message)}")
+            _say(error, log, args)
         except Exception:
             logger.exception("the server failed")
         return 1

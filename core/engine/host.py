@@ -8,7 +8,6 @@ import gc
 import logging
 import os
 import signal
-import traceback
 
 import zmq
 
@@ -19,6 +18,8 @@ from .faults import kind_of, one_line
 from .inproc import describe_engine
 from .process import ParentWatch
 from .wire import Launch, Status, decode, decode_launch, encode, encode_line, info_to_wire
+
+logger = logging.getLogger(__name__)
 
 HELLO = b"hello"
 PR_SET_PDEATHSIG = 1
@@ -60,14 +61,14 @@ def run(line: bytes, watch: ParentWatch) -> int:
     """Serve until the parent ends it; the exit status. `line` is the parent's `Launch`."""
     launch = decode_launch(line)
     os.set_inheritable(launch.status_fd, False)
-    logging.basicConfig(level=launch.log_level, format="%(levelname)s %(name)s: %(message)s")
+    launch.log.apply()
     context = zmq.Context()
     try:
         _serve(launch, watch, context)
     except Closed:
         return 0
     except BaseException as error:
-        traceback.print_exc()
+        logger.exception("the engine ends")
         param = getattr(error, "param", None)
         _tell(launch, Status(kind=kind_of(error), message=one_line(error), param=param))
         return 1

@@ -23,6 +23,7 @@ import zmq
 
 from ..args import EngineArgs
 from ..errors import EngineDeadError, TrimaranError
+from ..log_lines import LogStyle
 from .client import EngineInfo, FromEngine, ToEngine
 from .faults import revive
 from .wire import Launch, Status, decode, decode_status, encode, encode_line, info_from_wire
@@ -203,7 +204,7 @@ class ProcessClient:
             directory=str(self._directory),
             to_engine=self._address("in"),
             from_engine=self._address("out"),
-            log_level=logging.getLogger("trimaran").getEffectiveLevel(),
+            log=LogStyle.of_this_process(),
         )
 
     def _hear(self, status: Status) -> None:

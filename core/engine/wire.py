@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from ..args import EngineArgs
+from ..log_lines import LogStyle
 from .client import EngineInfo, FromEngine, ToEngine
 from .messages import (
     AbortRequests,
@@ -60,7 +61,7 @@ class Launch(msgspec.Struct, frozen=True):
     directory: str
     to_engine: str
     from_engine: str
-    log_level: int
+    log: LogStyle
 
 
 class Status(msgspec.Struct, omit_defaults=True):

@@ -6,12 +6,20 @@ import io
 import json
 import logging
 import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from helpers.fake_executor import fake_config
+from real_server import RealServer, make_model, wait_until
 
-from trimaran.server.logs import DroppingHandler, JsonFormatter, TextFormatter, escape
+from trimaran.core.log_lines import JsonFormatter, LogStyle, TextFormatter, escape
+from trimaran.core.rank_link import Boot, Link, Report
+from trimaran.platforms.interface import GroupSpec
+from trimaran.server.logs import DroppingHandler
 
 
 def record(message, *arguments, **extra):
@@ -96,3 +104,51 @@ def test_a_pipe_that_nobody_reads_blocks_nobody():
         rescue.join()  # the writer's thread gets a broken pipe
         assert handler.finish(5)
         os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
+
+
+@pytest.mark.parametrize("formatter", [TextFormatter(), JsonFormatter()])
+@pytest.mark.parametrize("name", ["trimaran", None])
+def test_children_log_as_their_parent(formatter, name, monkeypatch):
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter)
+    monkeypatch.setattr(logging.getLogger("trimaran"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger(name), "handlers", [handler])
+    assert LogStyle.of_this_process().json == isinstance(formatter, JsonFormatter)
+
+
+def test_a_rank_logs_as_it_is_told(tmp_path):
+    config = fake_config(tmp_path)
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "trimaran.core.worker", str(theirs.fileno())]
+    rank = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+    theirs.close()
+    boot = Boot(config, GroupSpec(1, 2, "file:///nowhere"), LogStyle(logging.WARNING, json=True))
+    link = Link(ours)
+    link.send(boot)
+    assert link.receive(Report).state == "failed"
+    lines = rank.communicate(timeout=60)[1].decode().splitlines()
+    fields = json.loads(lines[-1])
+    assert fields["level"] == "error" and "Traceback" in fields["message"]
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("fault", [False, True])
+def test_every_line_of_server_and_engine_is_json(tmp_path, fault):
+    server = RealServer(
+        make_model(tmp_path),
+        "--log-format=json",
+        *(["--max-model-len=9999999"] if fault else []),
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        if fault:
+            assert server.process.wait(60) == 1
+        else:
+            server.start()
+            server.engine().kill()
+            wait_until(lambda: "the engine died" in server.output())
+        lines = [json.loads(line) for line in server.output().splitlines()]
+    finally:
+        server.close()
+    loggers = {line["logger"] for line in lines}
+    assert "core.engine.host" in loggers if fault else "executor" in loggers or "ops" in loggers
