@@ -87,9 +87,11 @@ class SchedulerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The parallel group this engine spans."""
+    """The parallel group this engine spans; its other ranks are ended when one of them takes
+    longer than `step_timeout` seconds for a step."""
 
     tensor_parallel_size: int = 1
+    step_timeout: float = EngineArgs.step_timeout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,9 +100,9 @@ class Rank:
 
 def _device_index(platform: Platform, config: EngineConfig, rank: int) -> int:
     """Ranks take devices in turn, from the configured one on; on a host they share the one."""
-    devices = platform.probe().devices
-    first = config.platform.device
-    return devices[(first + rank) % len(devices)].index if rank and devices else first
+    indices = [info.index for info in platform.probe().devices]
+    first = indices.index(config.platform.device)  # `resolve` saw to it that it is there
+    return indices[(first + rank) % len(indices)]
 
 
 def _bindings(binder: OpBinder) -> dict[str, str]:

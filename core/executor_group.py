@@ -1,8 +1,9 @@
 """The executor of a tensor-parallel group: the first rank here, the others as child processes.
 
 Each plan goes to every rank as one frame; the ranks meet in the collectives of the forward and
-draw the same tokens, so only errors come back. A rank that dies, or fails where the first one does
-not, would leave the group waiting in a collective: then all of it is ended, and its reason raised.
+draw the same tokens, so only errors come back. A rank that dies, hangs, or fails where the first
+one does not, would leave the group waiting in a collective: then all of it is ended, and its reason
+raised.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class RankProcess:
         }
         ours, theirs = socket.socketpair()
         self.rank = group.rank
+        self.reported = -1  # the last step that is over here
+        self.busy_since = 0.0  # `time.monotonic()`, while there are steps it has not reported
         self.link = Link(ours)
         with theirs:
             self.process = subprocess.Popen(
@@ -82,19 +85,25 @@ class RankGroup:
         self._closing = False
         self._errors: dict[int, dict[int, str | None]] = {}  # step → rank → its error
         self._steps: dict[int, StepHandle] = {}  # the first rank's, until they are settled
-        self._settled = -1
+        self._sent = self._settled = -1
+        self._timeout = config.parallel.step_timeout
         self._members = [
             RankProcess(config, GroupSpec(rank, size, self.rendezvous)) for rank in range(1, size)
         ]
         for member in self._members:
             name = f"trimaran-rank-{member.rank}"
             threading.Thread(target=self._watch, args=(member,), name=name, daemon=True).start()
+        threading.Thread(target=self._watch_steps, name="trimaran-ranks", daemon=True).start()
 
     # -- what the first rank asks --------------------------------------------------------------
 
     def send(self, plan: StepPlan) -> None:
         self.check()
         frame = self._members[0].link.encode(plan)
+        for member in self._members:
+            if member.reported == self._sent:  # it was idle
+                member.busy_since = time.monotonic()
+        self._sent = plan.step_id
         for member in self._members:
             try:
                 member.link.send_frame(frame)
@@ -174,6 +183,7 @@ class RankGroup:
             self._fail(f"rank {member.rank} of the parallel group cannot start: {report.error}")
             return
         with self._changed:
+            member.reported, member.busy_since = report.step_id, time.monotonic()
             late = report.state == "step" and report.step_id <= self._settled
             if report.state == "step" and not late:
                 self._errors.setdefault(report.step_id, {})[member.rank] = report.error
@@ -183,6 +193,21 @@ class RankGroup:
         # Where the first rank failed as well, it waited for this report before it settled.
         if late or not self._comes_to_an_end(report.step_id):
             self._fail(f"rank {member.rank} failed alone in a step: {report.error}")
+
+    def _watch_steps(self) -> None:
+        """End the group when ranks make nothing of a step for too long: one that hangs keeps all
+        the others waiting."""
+        while self._dead is None and not self._closing:
+            with self._changed:
+                self._changed.wait(min(1.0, self._timeout / 4))
+            late = time.monotonic() - self._timeout
+            stuck = [m for m in self._members if m.reported < self._sent and m.busy_since < late]
+            if stuck:
+                ranks = ", ".join(f"rank {member.rank}" for member in stuck)
+                self._fail(
+                    f"step {stuck[0].reported + 1} of the parallel group is stuck: not finished by "
+                    f"{ranks} in {self._timeout:g} s (--step-timeout)"
+                )
 
     def _comes_to_an_end(self, step_id: int) -> bool:
         """Or is the first rank stuck in a collective that another one will never reach?"""
@@ -206,7 +231,9 @@ class RankGroup:
             member.process.kill()
 
     def close(self) -> None:
-        self._closing = True
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for member in self._members:
             member.end(max(0.1, deadline - time.monotonic()))

@@ -136,7 +136,9 @@ class _Resolution:
             model=self._model(dtype, lengths.max_model_len),
             cache=cache,
             scheduler=self._scheduler(lengths),
-            parallel=ParallelConfig(tensor_parallel_size=self._ranks),
+            parallel=ParallelConfig(
+                tensor_parallel_size=self._ranks, step_timeout=args.step_timeout
+            ),
             platform=PlatformChoice(
                 name=self._platform.name, device=args.device, num_threads=self._threads()
             ),

@@ -101,6 +101,21 @@ def test_a_hanging_rank_that_is_killed_frees_the_first_one() -> None:
         assert time.monotonic() - killed[0] < 2
 
 
+def test_a_hanging_rank_is_noticed_by_the_step_timeout() -> None:
+    with open_loop("qwen3", platform="cpu", tensor_parallel_size=2, step_timeout=2.0) as loop:
+        loop.scheduler.add(greedy("0", tiny_models.prompt(40), 200))
+        loop.step()
+        time.sleep(3)  # idle is not stuck
+        loop.step()
+        (child,) = children()
+        child.suspend()
+        start = time.monotonic()
+        with pytest.raises(EngineDeadError, match=r"not finished by rank 1 in 2 s"):
+            loop.step()
+        assert time.monotonic() - start < 5
+    assert not children()
+
+
 def test_a_step_that_fails_everywhere_ends_only_its_requests() -> None:
     """Not even the group: both ranks fail at the same place and stay in step."""
     cases = greedy_cases("qwen3", 16, NUM_TOKENS)
