@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..core.engine.messages import EngineStats
-from ..core.errors import TrimaranError
+from ..core.errors import QueueFullError, TrimaranError
 from ..core.types import RequestMetrics
 from .router import EngineRouter, ServedModel
 
@@ -111,6 +111,10 @@ class Metrics:
     def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
         text = name.replace("_", " ").capitalize() + "."
         return Histogram(PREFIX + name, text, LABELS, registry=self.registry, buckets=buckets)
+
+    def count_rejection(self, model: ServedModel, error: BaseException) -> None:
+        if isinstance(error, QueueFullError):
+            self.rejections.labels(model.name, str(model.index), "queue_full").inc()
 
     def render(self) -> bytes:
         return generate_latest(self.registry)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ...core.errors import InvalidRequestError
+from ...core.errors import InvalidRequestError, QueueFullError
 from ...core.sampling_params import BeamSearchParams
-from ...core.types import BeamSearchOutput
+from ...core.types import BeamSearchOutput, RequestMetrics
 from ..errors import DeadlineError
+from ..metrics import RequestTimer
 from ..protocol.sampling import MAX_BEAMS, SamplingFields
 from ..router import ServedModel
+from ..state import ServerState
 from .common import usage_of
 from .streams import SubmitOptions
 
@@ -36,6 +38,7 @@ _MEANINGLESS = (
 
 
 async def search(
+    state: ServerState,
     model: ServedModel,
     prompts: list[list[int]],
     fields: SamplingFields,
@@ -59,10 +62,13 @@ async def search(
         include_stop_str_in_output=fields.include_stop_str_in_output,
     )
     limit = None if options.timeout_ms is None else options.timeout_ms / 1e3
+    outputs = []
+    state.claim_id(options.request_id)
     try:
         async with asyncio.timeout(limit):
-            return [
-                await model.engine.beam_search(
+            for index, prompt in enumerate(prompts):
+                timer = RequestTimer(state.metrics, model)
+                output = await model.engine.beam_search(
                     prompt,
                     params,
                     request_id=f"{options.request_id}-{index}",
@@ -70,12 +76,20 @@ async def search(
                     cache_salt=options.cache_salt,
                     key_id=options.key_id,
                 )
-                for index, prompt in enumerate(prompts)
-            ]
+                timer.tokens = sum(len(beam.token_ids) for beam in output.sequences)
+                reasons = [beam.finish_reason for beam in output.sequences]
+                timer.on_end(RequestMetrics(), len(prompt), reasons)
+                outputs.append(output)
     except TimeoutError:
         raise DeadlineError(
             f"The request did not finish within its timeout_ms of {options.timeout_ms}."
         ) from None
+    except QueueFullError as error:
+        state.metrics.count_rejection(model, error)
+        raise
+    finally:
+        state.request_ids.discard(options.request_id)
+    return outputs
 
 
 def search_usage(prompts: list[list[int]], outputs: list[BeamSearchOutput]) -> dict[str, Any]:
@@ -84,11 +98,15 @@ def search_usage(prompts: list[list[int]], outputs: list[BeamSearchOutput]) -> d
 
 
 async def beam_choices(
-    model: ServedModel, prompts: list[list[int]], fields: Any, options: SubmitOptions
+    state: ServerState,
+    model: ServedModel,
+    prompts: list[list[int]],
+    fields: Any,
+    options: SubmitOptions,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Choices and usage of a completions request."""
     max_tokens = 16 if fields.max_tokens is None else max(1, fields.max_tokens)
-    outputs = await search(model, prompts, fields, options, max_tokens)
+    outputs = await search(state, model, prompts, fields, options, max_tokens)
     choices = [
         {
             "index": prompt_index * fields.n + rank,

@@ -108,7 +108,7 @@ class ChatCompletions:
         options = common.submit_options(request, call.model, call.fields, call.id)
         room = call.model.max_model_len - len(call.prompt)
         limit = call.max_tokens or max(1, room)
-        outputs = await search(call.model, [call.prompt], call.fields, options, limit)
+        outputs = await search(self.state, call.model, [call.prompt], call.fields, options, limit)
         choices = [
             {
                 "index": rank,

@@ -70,7 +70,8 @@ class Completions:
         call = _Call(fields, model, prompts, common.public_id("cmpl", fields.request_id))
         options = common.submit_options(request, model, fields, call.id)
         if fields.use_beam_search:
-            work = beam_choices(model, [p.token_ids for p in prompts], fields, options)
+            tokens = [p.token_ids for p in prompts]
+            work = beam_choices(self.state, model, tokens, fields, options)
             choices, usage = await common.unless_disconnected(request, work)
             return JSONResponse(
                 {**call.envelope(), "choices": choices, "usage": usage}, 200, headers

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from ...core.errors import InvalidRequestError, QueueFullError
+from ...core.errors import QueueFullError
 from ...core.sampling_params import OutputKind, SamplingParams
 from ...core.types import FinishReason, RequestOutput
 from ..errors import DeadlineError
@@ -75,7 +75,8 @@ class RequestStreams:
     async def open(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
         """Hands every prompt to the engine; if one is refused, none stays. Raises what
         `AsyncEngine.submit` raises."""
-        self._claim_id()
+        self.state.claim_id(self._id)
+        self._claimed = True
         options = self.options
         try:
             for index, prompt in enumerate(prompts):
@@ -92,7 +93,7 @@ class RequestStreams:
                 self._timers.append(RequestTimer(self.state.metrics, self.model))
                 self.num_prompt += len(prompt)
         except BaseException as error:
-            self._count_rejection(error)
+            self.state.metrics.count_rejection(self.model, error)
             await self.aclose()
             raise
         self._streamed = params.output_kind == OutputKind.DELTA
@@ -107,7 +108,7 @@ class RequestStreams:
         await asyncio.wait({self._first}, timeout=SETTLE_SECONDS)
         error = self._first.exception() if self._first.done() else None
         if error is not None and not isinstance(error, StopAsyncIteration):
-            self._count_rejection(error)
+            self.state.metrics.count_rejection(self.model, error)
             raise error
 
     async def __aiter__(self) -> AsyncIterator[Item]:
@@ -122,7 +123,7 @@ class RequestStreams:
         except StopAsyncIteration:
             return
         except QueueFullError as error:
-            self._count_rejection(error)
+            self.state.metrics.count_rejection(self.model, error)
             raise
 
     async def aclose(self) -> None:
@@ -142,14 +143,6 @@ class RequestStreams:
     @property
     def _id(self) -> str:
         return self.options.request_id
-
-    def _claim_id(self) -> None:
-        if self._id in self.state.request_ids:
-            raise InvalidRequestError(
-                "A request with this request_id is still running.", param="request_id"
-            )
-        self.state.request_ids.add(self._id)
-        self._claimed = True
 
     async def _single(self) -> AsyncGenerator[Item, None]:
         async for output in self.streams[0]:
@@ -229,8 +222,3 @@ class RequestStreams:
         for stream in self.streams:
             with contextlib.suppress(Exception):  # a dead engine has told the streams itself
                 await self.model.engine.abort(stream.request_id)
-
-    def _count_rejection(self, error: BaseException) -> None:
-        if isinstance(error, QueueFullError):
-            labels = (self.model.name, str(self.model.index), "queue_full")
-            self.state.metrics.rejections.labels(*labels).inc()

@@ -215,6 +215,10 @@ class FakeEngine:
         self.streams[request_id].aborted.set()
 
     async def beam_search(self, prompt, params, **options):
+        if self.submit_error is not None:
+            raise self.submit_error
+        if self.hold is not None:
+            await self.hold.wait()
         beams = [
             BeamSequence([97] * (rank + 1), "a" * (rank + 1), -1.0, -1.0, "length")
             for rank in range(params.beam_width)

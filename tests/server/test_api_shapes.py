@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import httpx
 import openai
 import pytest
+from conftest import eventually
 from fake_engine import FakeEngine
+
+from trimaran.core.errors import QueueFullError
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Kiel"}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -264,6 +268,29 @@ async def test_beam_search(server):
     assert [choice["message"]["content"] for choice in chat["choices"]] == ["a", "aa"]
     for extra in ({"stream": True}, {"top_p": 0.5}, {"logprobs": 1}):
         assert (await server.complete(use_beam_search=True, **extra)).status_code == 400
+
+
+async def test_a_beam_search_is_counted_as_any_request(server):
+    engine = server.engine
+    engine.submit_error = QueueFullError("full", retry_after=1)
+    assert (await server.complete(use_beam_search=True)).status_code == 429
+    engine.submit_error, engine.hold = None, asyncio.Event()
+    first = asyncio.ensure_future(server.chat(use_beam_search=True, n=2, request_id="mine"))
+    await eventually(lambda: server.state.request_ids == {"chatcmpl-mine"})
+    second = await server.chat(use_beam_search=True, request_id="mine")
+    assert second.status_code == 400 and second.json()["error"]["param"] == "request_id"
+    engine.hold.set()
+    assert (await first).status_code == 200 and server.state.request_ids == set()
+    text = (await server.client.get("/metrics")).text
+    labels = 'engine="0",model_name="org/fake"'
+    for line in (
+        f'admission_rejections_total{{{labels},reason="queue_full"}} 1.0',
+        f"prompt_tokens_total{{{labels}}} {len('<user>Hi')}.0",
+        f"generation_tokens_total{{{labels}}} 3.0",
+        f"request_success_total{{{labels.replace(',', ',finished_reason=#length#,')}}} 2.0",
+        f"e2e_request_latency_seconds_count{{{labels}}} 1.0",
+    ):
+        assert line.replace("#", '"') in text
 
 
 async def test_tokenize_and_detokenize(server):
