@@ -86,7 +86,7 @@ class Scheduler:
         rest. Ignored if the sequence has already ended."""
         for child in self.sequences.by_id.get(request_id, ()):
             if child.index == index and not child.origin.beam:
-                self.sequences.num_tokens_kept -= child.truncate(at_token)
+                child.truncate(at_token)
                 self.settlement.end(child, FinishReason.STOP)
                 self.admission.quarantine.served(child)
                 return
@@ -339,8 +339,7 @@ class Scheduler:
         return self.kv.reset_prefix_cache()
 
     def stats(self) -> EngineStats:
-        """Gauges now and counters since start; `generation_tokens` goes back by what `finish`
-        cuts off."""
+        """Gauges now and counters since start."""
         usage = self.kv.usage()
         return EngineStats(
             step_id=self._next_step,
@@ -353,7 +352,7 @@ class Scheduler:
             prefix_queries=self.kv.prefix_queries,
             prefix_hits=self.kv.prefix_hits,
             prompt_tokens=self._num_prompt_tokens,
-            generation_tokens=self.sequences.num_tokens_kept,
+            generation_tokens=self.sequences.num_tokens_ended,
             last_step_tokens=self._last_step_tokens,
             num_quarantined=self.admission.quarantine.num_quarantined,
         )

@@ -95,7 +95,9 @@ class RejectedRequest:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Gauges now, counters since start. `kv_*` are blocks over all cache groups."""
+    """Gauges now, counters since start. `kv_*` are blocks over all cache groups;
+    `generation_tokens` are those of the sequences that have ended, what was cut off not counted.
+    """
 
     step_id: int = 0
     num_running: int = 0

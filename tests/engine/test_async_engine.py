@@ -146,7 +146,7 @@ async def test_a_reader_that_goes_frees_the_blocks(make, how, run_ahead):
             task = asyncio.create_task(
                 collect(engine.generate([5] * 9, SamplingParams(**SLOW, n=2)))
             )
-            await until(lambda: engine.stats().generation_tokens > 2)
+            await until(lambda: engine.stats().step_id > 2)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

@@ -115,12 +115,18 @@ def test_finish_cuts_and_does_not_bill(run_ahead: int) -> None:
     request = engine.add([1, 2, 3], max_tokens=20, eos=False, seed=2)
     while (request, 0) not in engine.results or len(engine.results[request, 0].tokens) < 6:
         engine.step()
+    other = engine.add([4, 5], max_tokens=3, eos=False)
+    counts = [engine.scheduler.stats().generation_tokens]
     engine.scheduler.finish(request, 0, 4)
     engine.scheduler.finish(request, 0, 2)  # it has ended: without effect
-    engine.run()
+    while engine.scheduler.has_work:
+        engine.step()
+        counts.append(engine.scheduler.stats().generation_tokens)
+    assert counts == sorted(counts), "a counter stepped back"
+    assert engine.results[other, 0].finish_reason is FinishReason.LENGTH
     assert engine.results[request, 0].finish_reason is FinishReason.STOP
     assert len(engine.results[request, 0].tokens) == 6, "nothing is emitted after the cut"
-    assert engine.scheduler.stats().generation_tokens == 4
+    assert engine.scheduler.stats().generation_tokens == 4 + 3
     engine.check_drained()
 
 

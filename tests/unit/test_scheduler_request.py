@@ -76,9 +76,9 @@ def test_truncate() -> None:
     request = make(max_tokens=9)
     for token in (1, 3, 4):
         request.append(token)
-    assert request.truncate(5) == 0
-    assert request.truncate(1) == 2 and request.tokens[3:] == [1]
-    assert request.truncate(-1) == 1 and request.num_generated == 0
+    for keep, left in ((5, [1, 3, 4]), (1, [1]), (-1, [])):
+        request.truncate(keep)
+        assert request.tokens[request.num_prompt :] == left
 
 
 def test_sampling_is_resolved() -> None:
