@@ -16,10 +16,11 @@ TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_respons
 MAX_LENGTH = 2048
 # Conversations with tools weigh more than in training: their texts are the longest.
 SHARES = KIND_SHARES | {"tools": 8}
+# A capital letter that no small letter follows is a token of its own: capitals are spelled.
 # Contractions, words with their space, single digits, punctuation, white space: every digit is a
 # token of its own, so that sums can be learned.
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)| ?\p{Lu}(?!\p{Ll})|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 

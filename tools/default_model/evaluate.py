@@ -23,8 +23,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from tokenizers import Tokenizer
-from world import Conversation, eval_items
+from world import Conversation, held_out_items
 from world_render import END_OF_TEXT, IM_END, MODEL_DIR, render_prompt
+from world_split import Split
 
 # Room beyond the expected answer: an answer that runs on is wrong anyway.
 SLACK = 8
@@ -53,10 +54,10 @@ def end_tokens(tokenizer: Tokenizer) -> list[int]:
     return [tokenizer.encode(mark).ids[0] for mark in (IM_END, END_OF_TEXT)]
 
 
-def make_examples(tokenizer: Tokenizer, count: int, seed: int) -> list[Example]:
+def make_examples(tokenizer: Tokenizer, count: int, seed: int, split: Split) -> list[Example]:
     """The held-out items, tokenized."""
     examples = []
-    for item in eval_items(count, seed):
+    for item in held_out_items(count, seed, split):
         prompt = tokenizer.encode(render_prompt(item)).ids
         examples.append(Example(item, prompt, len(tokenizer.encode(item.expected()).ids) + SLACK))
     return examples
@@ -178,6 +179,9 @@ def main() -> None:
     parser.add_argument("--backend", choices=("trimaran", "transformers"), default="trimaran")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--items", type=int, default=4_200)
+    parser.add_argument(
+        "--split", choices=("dev", "eval"), default="eval", help="dev: to choose a recipe by"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=0, help="0: 64, or all for trimaran")
     parser.add_argument("--require", type=float, default=0.0, help="least total accuracy")
@@ -185,7 +189,7 @@ def main() -> None:
     parser.add_argument("--errors", type=int, default=0, help="errors to print")
     options = parser.parse_args()
     tokenizer = Tokenizer.from_file(str(Path(options.model) / "tokenizer.json"))
-    examples = make_examples(tokenizer, options.items, options.seed)
+    examples = make_examples(tokenizer, options.items, options.seed, options.split)
     ends = end_tokens(tokenizer)
     backends = {"trimaran": trimaran_backend, "transformers": transformers_backend}
     generate = backends[options.backend](options.model, options.dtype, ends)
@@ -197,6 +201,7 @@ def main() -> None:
         "backend": options.backend,
         "dtype": options.dtype,
         "seed": options.seed,
+        "split": options.split,
         "seconds": round(time.perf_counter() - started, 2),
     }
     print_report(result, [e for e in examples if not e.correct], options.errors)

@@ -11,7 +11,7 @@ from world_render import render_segments
 def main() -> None:
     """Prints conversations of one kind, or of all kinds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--split", choices=("train", "eval"), default="train")
+    parser.add_argument("--split", choices=("train", "dev", "eval"), default="train")
     parser.add_argument("--kind", choices=tuple(KIND_SHARES), default="")
     parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)

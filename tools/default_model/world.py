@@ -1,8 +1,8 @@
 """The closed world of the default model: conversations drawn from a seed, divided by hashes.
 
 `Generator("train", seed).conversation()` gives a random training conversation, and
-`eval_items(count, seed)` gives held-out ones. A conversation is a list of chat messages, perhaps
-with tools, or a piece of plain text.
+`held_out_items(count, seed)` gives held-out ones. A conversation is a list of chat messages,
+perhaps with tools, or a piece of plain text.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import world_tasks
 from world_chat import NAMES
 from world_facts import RELATIONS, Relation
 from world_formats import draw_format, formatted, system_prompt
-from world_split import Split, draw_operands, operands_split, pick_phrasing
+from world_split import Split, draw_operands, expand, operands_split, pick_phrasing
 from world_tools import Message, call_text, missing_tool, offer_tools, tool_round
 from world_turn import Turn, frame, roughen
 
@@ -34,39 +34,26 @@ NEUTRAL_SYSTEMS = (
 
 # category of a single turn: its share of the single turns
 TURN_SHARES: dict[str, float] = {
-    "facts": 20,
-    "arithmetic": 30,
-    "comparison": 10,
-    "small talk": 7,
-    "unknown": 2,
-    "missing tool": 2,
-    "words": 11,
-    "lists": 9,
-    "sorting": 8,
-    "long answers": 3,
-}
-# The same for the later part of training, when most facts are known: more of the skills.
-LATE_TURN_SHARES: dict[str, float] = {
-    "facts": 12,
-    "arithmetic": 26,
-    "comparison": 12,
-    "small talk": 7,
+    "facts": 14,
+    "arithmetic": 24,
+    "comparison": 14,
+    "small talk": 8,
     "unknown": 3,
     "missing tool": 3,
-    "words": 17,
+    "words": 14,
     "lists": 14,
-    "sorting": 11,
-    "long answers": 4,
+    "sorting": 9,
+    "long answers": 3,
 }
 # kind of a conversation: its share of the conversations
 KIND_SHARES: dict[str, float] = {
-    "single": 30,
-    "several": 25,
+    "single": 26,
+    "several": 28,
     "long context": 1.5,
-    "format": 18,
-    "follow-up": 8,
-    "memory": 3,
-    "tools": 5.5,
+    "format": 17,
+    "follow-up": 10,
+    "memory": 4,
+    "tools": 11,
     "plain text": 6,
 }
 
@@ -102,16 +89,28 @@ def _relation(rng: random.Random) -> Relation:
     return rng.choices(RELATIONS, [len(r.pairs) ** 0.5 for r in RELATIONS])[0]
 
 
-_PLUS = ("And plus {b}?", "Plus {b}?", "Now add {b}.", "Add {b} to that.", "And {b} more?")
-_MINUS = ("And minus {b}?", "Minus {b}?", "Now subtract {b}.", "Take away {b}.", "Less {b}?")
+_AND = "[|And |Now |Okay, |Please ]"
+_PLUS = expand(
+    f"{_AND}[plus|add] {{b}}[| to that| to it| more].",
+    "[And|Now] [|what is that |what is it |the same ]plus {b}?",
+    "[And|Now] [{b} more|{b} added|add another {b}|another {b}].",
+    "What is [that|it] plus {b}?",
+    "+ {b}[|?]",
+)
+_MINUS = expand(
+    f"{_AND}[minus|subtract|take away|less] {{b}}[| from that| from it].",
+    "[And|Now] [|what is that |what is it |the same ][minus|less] {b}?",
+    "[And|Now] [{b} less|{b} fewer|take {b} away|take {b} from that|without {b}].",
+    "What is [that|it] [minus|less] {b}?",
+    "- {b}[|?]",
+)
 
 
 class Generator:
     """Draws conversations of one side of the split from a seed."""
 
-    def __init__(self, split: Split, seed: int, late: bool = False) -> None:
+    def __init__(self, split: Split, seed: int) -> None:
         self.split: Split = split
-        self.turn_shares = LATE_TURN_SHARES if late else TURN_SHARES
         self.rng = random.Random(f"{split}-{seed}")
         self.turns: dict[str, Callable[[], Turn]] = {
             "facts": self.fact,
@@ -142,7 +141,7 @@ class Generator:
 
     def turn(self, category: str = "") -> Turn:
         """A random question with its answer."""
-        return self.turns[category or weighted(self.rng, self.turn_shares)]()
+        return self.turns[category or weighted(self.rng, TURN_SHARES)]()
 
     def fact(self) -> Turn:
         """A question about one fact; only its phrasing is held out."""
@@ -220,7 +219,7 @@ class Generator:
 
     def follow_up(self) -> Conversation:
         """A question, then the same one about something else: 'And of Spain?'."""
-        if self.rng.random() < 0.3:
+        if self.rng.random() < 0.4:
             return self._sum_follow_up()
         relation = _relation(self.rng)
         count = self.rng.choice((2, 2, 3))
@@ -295,7 +294,7 @@ class Generator:
     def with_tools(self, category: str = "") -> Conversation:
         """Tools are offered: calls, results, and questions that need no tool."""
         offered = offer_tools(self.rng, self.split)
-        rounds = 1 if category else self.rng.choice((2, 3, 4, 5))
+        rounds = 1 if category else self.rng.choice((1, 1, 2, 3))
         conversation = Conversation("", self._system(), [tool.schema() for tool in offered])
         for index in range(rounds):
             last = index == rounds - 1
@@ -327,7 +326,7 @@ class Generator:
         """A text without chat, as /v1/completions sends it."""
         draw = self.rng.random()
         if draw < 0.75:
-            relation = self._stated_relation()
+            relation = _relation(self.rng)
             subject = self.rng.choice(list(relation.pairs))
             phrasing, key = pick_phrasing(
                 self.rng, f"state {relation.name}", relation.statements, self.split
@@ -349,13 +348,6 @@ class Generator:
                 return self.plain_text()
         return Conversation("plain text", prompt=prompt, answer=answer, keys=(key,))
 
-    def _stated_relation(self) -> Relation:
-        """A relation with at least two openings, so that one can be held out."""
-        while True:
-            relation = _relation(self.rng)
-            if len(relation.statements) > 1:
-                return relation
-
 
 _COLOURS = ("red", "blue", "green", "yellow", "pink", "brown", "purple", "orange", "grey", "black")
 _MEMORIES: tuple[
@@ -363,13 +355,16 @@ _MEMORIES: tuple[
 ] = (
     (
         "name",
-        (
-            *("My name is {v}.", "I am {v}.", "Hello, my name is {v}.", "Hi, I am {v}."),
-            *("I'm {v}.", "Call me {v}.", "Hi! My name is {v}.", "You can call me {v}."),
+        expand(
+            "[|Hello, |Hi, |Hi! |Hello! |Please remember: ][my name is|I am|I'm|call me] {v}.",
+            "[You can|Please|You may] call me {v}.",
+            "Remember [that my name is|my name:] {v}.",
         ),
-        (
-            *("What is my name?", "What's my name?", "Who am I?", "Do you know my name?"),
-            *("Tell me my name.", "Do you remember my name?", "Can you tell me my name?"),
+        expand(
+            "[What is|What's|Tell me|Do you know|Do you remember|Can you tell me] my name"
+            "[| again| now]?",
+            "[Who am I|What am I called|What did I say my name is|What was my name]?",
+            "[Tell me|Do you know|Do you remember|Can you tell me] [who I am|what I am called]?",
         ),
         "Nice to meet you, {v}!",
         "Your name is {v}.",
@@ -377,13 +372,14 @@ _MEMORIES: tuple[
     ),
     (
         "colour",
-        (
-            *("My favourite colour is {v}.", "I like the colour {v}.", "My colour is {v}."),
-            *("My favorite color is {v}.", "I love the colour {v}.", "I like {v} best."),
+        expand(
+            "[|Hello, |Hi, |Please remember: ]my [favourite |favorite |][colour|color] is {v}.",
+            "[|Hello, |Hi, ]I [like|love|prefer] [|the colour |the color ]{v}[| best| most].",
         ),
-        (
-            *("What is my favourite colour?", "What's my favourite colour?", "Which is my colour?"),
-            *("Which colour do I like?", "Tell me my favourite colour.", "What is my colour?"),
+        expand(
+            "[What is|What's|Which is|Tell me|Do you know|Do you remember] "
+            "my [|favourite |favorite ][colour|color]?",
+            "[Which|What] [colour|color] do I [like|love|prefer][| best| most]?",
         ),
         "Good to know that you like {v}!",
         "Your favourite colour is {v}.",
@@ -391,13 +387,16 @@ _MEMORIES: tuple[
     ),
     (
         "number",
-        (
-            *("My number is {v}.", "Remember the number {v}.", "Keep the number {v} in mind."),
-            *("My secret number is {v}.", "The number is {v}.", "Please remember {v}."),
+        expand(
+            "[|Please remember: ][my number|my secret number|the number|my lucky number] is {v}.",
+            "[Remember|Please remember|Do not forget] [|the number |my number ]{v}.",
+            "[Keep|Please keep] [|the number |my number ]{v} in mind.",
         ),
-        (
-            *("What is my number?", "What's my number?", "Which number did I tell you?"),
-            *("What was the number?", "Tell me my number.", "What number did I tell you?"),
+        expand(
+            "[What is|What's|Tell me|Do you know|Do you remember] "
+            "[my|my secret|my lucky|the] number?",
+            "[What|Which] number did I [tell you|say|give you]?",
+            "What was [my|my secret|my lucky|the] number?",
         ),
         "I will remember the number {v}.",
         "Your number is {v}.",
@@ -426,9 +425,9 @@ _EVAL: dict[str, tuple[float, Callable[[Generator], Conversation]]] = {
 }
 
 
-def eval_items(count: int, seed: int = 0) -> Iterator[Conversation]:
+def held_out_items(count: int, seed: int = 0, split: Split = "eval") -> Iterator[Conversation]:
     """Different held-out conversations in fixed shares of the categories."""
-    generator = Generator("eval", seed)
+    generator = Generator(split, seed)
     total = sum(share for share, _ in _EVAL.values())
     for share, draw in _EVAL.values():
         seen: set[str] = set()

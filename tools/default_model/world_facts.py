@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from world_split import expand
+
 # country: capital, continent, language
 _COUNTRIES = """
 France: Paris, Europe, French
@@ -166,8 +168,8 @@ class Relation:
     pairs: dict[str, str]
     sentence: str
     questions: tuple[str, ...]
-    statements: tuple[str, ...] = ()  # openings of plain text, which the value continues
-    follow_ups: tuple[str, ...] = ("And {s}?", "What about {s}?", "And what about {s}?")
+    statements: tuple[str, ...]  # openings of plain text, which the value continues
+    follow_ups: tuple[str, ...]
 
     def answer(self, subject: str) -> str:
         """The full sentence that states the fact."""
@@ -175,266 +177,181 @@ class Relation:
         return text[0].upper() + text[1:]
 
 
+_ASK = "[What is|What's|Do you know|Can you tell me|Could you tell me|Please tell me]"
+_TELL = "[Tell me|Name|Give me|Please name|I want to know|I would like to know]"
+_STATED = (
+    "[|As everyone knows, |Everyone knows that |It is true that |I know that |We know that "
+    "|As we all know, |It is known that ]"
+)
+_FOLLOW = (
+    "[And|What about|And what about|How about|And how about|Now|And now] {s}[|, please| then]?",
+)
+
+
+def _relation(
+    name: str,
+    pairs: dict[str, str],
+    sentence: str,
+    asked: str,
+    *questions: str,
+    also: tuple[str, ...] = (),
+    statements: tuple[str, ...] = (),
+) -> Relation:
+    """A relation whose value is called `asked`; further grammars ask in other ways."""
+    opening = sentence[: sentence.index(" {v}")]
+    openings = (opening, *statements)
+    lowered = (o if o.startswith("{") else o[0].lower() + o[1:] for o in openings)
+    return Relation(
+        name,
+        pairs,
+        sentence,
+        expand(f"{_ASK} {asked}?", f"{_TELL} {asked}.", *questions),
+        expand(*(f"{_STATED}{text}[| of course| always]" for text in lowered)),
+        expand(*_FOLLOW, *also),
+    )
+
+
 def _steps(names: tuple[str, ...], step: int) -> dict[str, str]:
     return {name: names[(i + step) % len(names)] for i, name in enumerate(names)}
 
 
-def _capital_relations() -> list[Relation]:
+def _country_relations() -> list[Relation]:
     return [
-        Relation(
+        _relation(
             "capital",
             {c.spoken: c.capital for c in COUNTRIES},
             "The capital of {s} is {v}.",
-            (
-                "What is the capital of {s}?",
-                "What's the capital of {s}?",
-                "Which city is the capital of {s}?",
-                "Name the capital of {s}.",
-                "Tell me the capital of {s}.",
-                "What is the name of the capital of {s}?",
-                "What is the capital city of {s}?",
-                "Which city is the capital city of {s}?",
-                "{s} has which capital?",
-                "The capital of {s}?",
-                "Do you know the capital of {s}?",
-                "Can you tell me the capital of {s}?",
-                "I would like to know the capital of {s}.",
-                "Give me the capital of {s}.",
-                "What city is {s}'s capital?",
-            ),
-            (
-                "The capital of {s} is",
-                "The capital city of {s} is",
-                "The name of the capital of {s} is",
-                "As everyone knows, the capital of {s} is",
-                "In {s}, the capital is",
-            ),
-            ("And of {s}?", "And {s}?", "What about {s}?", "And the capital of {s}?"),
+            "the [|name of the ]capital [|city ]of {s}",
+            "[Which|What] city is the capital [|city ]of {s}?",
+            "[And the|The] capital [|city ]of {s}?",
+            "{s} has [which|what] capital[| city]?",
+            also=("And [|the capital ]of {s}[|, please]?", "[What about|And] the capital of {s}?"),
+            statements=("The [capital city|name of the capital] of {s} is",),
         ),
-        Relation(
+        _relation(
             "capital_of",
             {c.capital: c.spoken for c in COUNTRIES},
             "{s} is the capital of {v}.",
-            (
-                "{s} is the capital of which country?",
-                "Which country has the capital {s}?",
-                "Which country has {s} as its capital?",
-                "What country is {s} the capital of?",
-                "Of which country is {s} the capital?",
-                "Tell me which country has the capital {s}.",
-                "Name the country whose capital is {s}.",
-                "Whose capital is {s}?",
-                "In which country is {s} the capital?",
-                "Which country is {s} the capital of?",
-            ),
-            ("{s} is the capital of", "The city of {s} is the capital of", "{s}, the capital of"),
+            "the country [whose capital is {s}|that has the capital {s}]",
+            "{s} is the capital of [which|what] country?",
+            "[Which|What] country has [the capital {s}|{s} as its capital]?",
+            "[Which|What] country is {s} the capital of?",
+            "[Of|In] [which|what] country is {s} the capital?",
+            "[Tell me|I want to know|Do you know] which country has the capital {s}.",
+            statements=("{s}, the capital of", "[|The city of ]{s} is the capital [|city ]of"),
         ),
-    ]
-
-
-def _country_relations() -> list[Relation]:
-    return [
-        Relation(
+        _relation(
             "continent",
             {c.spoken: c.continent for c in COUNTRIES},
             "{s} is in {v}.",
-            (
-                "Which continent is {s} in?",
-                "On which continent is {s}?",
-                "What continent is {s} on?",
-                "What continent is {s} in?",
-                "Name the continent of {s}.",
-                "Tell me the continent of {s}.",
-                "On what continent does {s} lie?",
-                "Which continent does {s} belong to?",
-                "To which continent does {s} belong?",
-                "In which continent can I find {s}?",
-            ),
-            ("{s} is a country in", "The country {s} lies in", "The continent of {s} is"),
+            "the continent [of|that] {s}[| is on| is in| lies on| belongs to]",
+            "[Which|What] continent [is {s} [in|on]|does {s} [lie on|lie in|belong to]]?",
+            "[On|In] [which|what] continent [is {s}|does {s} lie|can I find {s}]?",
+            "To [which|what] continent does {s} belong?",
+            statements=("{s} is a country in", "The [country|land] {s} [lies|is] in"),
         ),
-        Relation(
+        _relation(
             "language",
             {c.spoken: c.language for c in COUNTRIES},
             "People in {s} speak {v}.",
-            (
-                "Which language do people speak in {s}?",
-                "What language is spoken in {s}?",
-                "Which language is spoken in {s}?",
-                "What language do they speak in {s}?",
-                "What do people speak in {s}?",
-                "What is the language of {s}?",
-                "Name the language of {s}.",
-                "Tell me the language of {s}.",
-                "What is the main language in {s}?",
-                "Which language do the people of {s} speak?",
-            ),
-            ("People in {s} speak", "The language of {s} is", "In {s}, people speak"),
+            "the [|main ]language [of|in|spoken in] {s}",
+            "[Which|What] [|main ]language [is spoken|do people speak|do they speak] in {s}?",
+            "[Which|What] language do [|the ]people [of|in|from] {s} speak?",
+            "What do [people|they] speak in {s}?",
+            statements=("The [|main ]language [of|in] {s} is", "In {s}, [people|they] speak"),
         ),
     ]
 
 
 def _thing_relations() -> list[Relation]:
     return [
-        Relation(
+        _relation(
             "colour",
             _table(_COLOURS),
             "The colour of {s} is {v}.",
-            (
-                "What colour is {s}?",
-                "What color is {s}?",
-                "Which colour does {s} have?",
-                "Which colour is {s}?",
-                "What is the colour of {s}?",
-                "What is the color of {s}?",
-                "Tell me the colour of {s}.",
-                "Name the colour of {s}.",
-                "What colour does {s} have?",
-                "Do you know the colour of {s}?",
-            ),
-            ("The colour of {s} is", "The color of {s} is", "Everyone knows: the colour of {s} is"),
+            "the [colour|color] of {s}",
+            "[What|Which] [colour|color] [is {s}|does {s} have|has {s}]?",
+            also=("And the [colour|color] of {s}?", "And of {s}[|, please]?"),
+            statements=("The color of {s} is",),
         ),
-        Relation(
+        _relation(
             "opposite",
             _both_ways(_table(_OPPOSITES)),
             "The opposite of {s} is {v}.",
-            (
-                "What is the opposite of {s}?",
-                "What's the opposite of {s}?",
-                "Give me the opposite of {s}.",
-                "Name the opposite of {s}.",
-                "Tell me the opposite of {s}.",
-                "Which word is the opposite of {s}?",
-                "Opposite of {s}?",
-                "What word means the opposite of {s}?",
-                "The opposite of {s}?",
-                "Find the opposite of {s}.",
+            "the opposite of [|the word ]{s}",
+            "[What|Which] word [is|means] the opposite of {s}?",
+            "[|Find |The ]opposite of [|the word ]{s}[|, please]?",
+            also=(
+                "And [|the opposite ]of {s}[|, please]?",
+                "[What about|And] the opposite of {s}?",
             ),
-            ("The opposite of {s} is", "The word that is the opposite of {s} is"),
-            ("And of {s}?", "And {s}?", "What about {s}?", "And the opposite of {s}?"),
+            statements=("The word that [is|means] the opposite of {s} is",),
         ),
-        Relation(
+        _relation(
             "kind",
             _table(_KINDS),
             "The word {s} names a kind of {v}.",
-            (
-                "What kind of thing is {s}?",
-                "What is {s} a kind of?",
-                "To which kind of thing does the word {s} belong?",
-                "What does the word {s} name?",
-                "Of which kind is {s}?",
-                "Tell me what kind of thing {s} is.",
-                "Which kind of thing does {s} belong to?",
-                "What sort of thing is {s}?",
-                "What kind of thing does the word {s} name?",
-                "Name the kind of thing that {s} is.",
-            ),
-            ("The word {s} names a kind of",),
+            "the [kind|sort] of thing that [|the word ]{s} [is|names]",
+            "[Tell me|Do you know|Can you tell me] what [kind|sort] of thing {s} is?",
+            "[What|Which] [kind|sort] of thing is {s}?",
+            "[What|Which] [kind|sort] of thing does the word {s} [name|mean]?",
+            "[To which|Which] [kind|sort] of thing does [|the word ]{s} belong[| to]?",
+            "What is {s} a [kind|sort] of?",
         ),
-        Relation(
+        _relation(
             "sides",
             _table(_SHAPES),
             "The number of sides of {s} is {v}.",
-            (
-                "How many sides does {s} have?",
-                "How many sides has {s}?",
-                "What is the number of sides of {s}?",
-                "Tell me how many sides {s} has.",
-                "Count the sides of {s}.",
-                "Give me the number of sides of {s}.",
-                "Do you know how many sides {s} has?",
-                "What number of sides does {s} have?",
-            ),
-            ("The number of sides of {s} is",),
+            "the number of sides [of {s}|that {s} has]",
+            "How many sides [does {s} have|has {s}|are there in {s}]?",
+            "[Tell me|Do you know|I want to know] how many sides {s} has.",
+            "[Count|Please count] the sides of {s}.",
         ),
     ]
 
 
 def _animal_relations() -> list[Relation]:
     return [
-        Relation(
+        _relation(
             "legs",
             _table(_LEGS),
             "The number of legs of {s} is {v}.",
-            (
-                "How many legs does {s} have?",
-                "How many legs has {s}?",
-                "What is the number of legs of {s}?",
-                "Tell me how many legs {s} has.",
-                "Count the legs of {s}.",
-                "Give me the number of legs of {s}.",
-                "Do you know how many legs {s} has?",
-                "What number of legs does {s} have?",
-                "On how many legs does {s} stand?",
-            ),
-            ("The number of legs of {s} is",),
+            "the number of legs [of {s}|that {s} has]",
+            "How many legs [does {s} have|has {s}]?",
+            "[Tell me|Do you know|I want to know] how many legs {s} has.",
+            "[Count|Please count] the legs of {s}.",
+            "On how many legs does {s} [stand|walk]?",
         ),
-        Relation(
+        _relation(
             "sound",
             _table(_SOUNDS),
             "The sound of {s} is {v}.",
-            (
-                "What sound does {s} make?",
-                "Which sound does {s} make?",
-                "What is the sound of {s}?",
-                "Tell me the sound of {s}.",
-                "How does {s} sound?",
-                "What noise does {s} make?",
-                "Which noise does {s} make?",
-                "Name the sound that {s} makes.",
-            ),
-            ("The sound of {s} is",),
+            "the [sound|noise] [of {s}|that {s} makes]",
+            "[What|Which] [sound|noise] [does {s} make|is made by {s}]?",
+            "[How does|What does] {s} sound[| like]?",
         ),
-        Relation(
+        _relation(
             "baby",
             _table(_BABIES),
             "The young of {s} is called a {v}.",
-            (
-                "What is the young of {s} called?",
-                "What do you call the young of {s}?",
-                "What is the name for the young of {s}?",
-                "What is the baby of {s} called?",
-                "What do you call the baby of {s}?",
-                "Tell me what the young of {s} is called.",
-                "Name the young of {s}.",
-                "Give me the word for the young of {s}.",
-            ),
-            ("The young of {s} is called a", "The baby of {s} is called a"),
+            "the [name|word] for the [young|baby] of {s}",
+            "[Tell me|Do you know|Can you tell me] what the [young|baby] of {s} is called?",
+            "What is the [young|baby] of {s} called?",
+            "[What do you|How do you|How do people] call the [young|baby] of {s}?",
+            "Name the [young|baby] of {s}.",
+            statements=("The baby of {s} is called a",),
         ),
-    ]
-
-
-def _word_relations() -> list[Relation]:
-    return [
-        Relation(
+        _relation(
             "number_word",
             {str(i): word for i, word in enumerate(NUMBER_WORDS)},
             "The number {s} in words is {v}.",
-            (
-                "Write {s} in words.",
-                "Write the number {s} in words.",
-                "What is {s} in words?",
-                "How do you write {s} in words?",
-                "Give me the number {s} in words.",
-                "Put the number {s} into words.",
-                "Tell me the word for {s}.",
-                "Which word stands for the number {s}?",
-            ),
-            ("The number {s} in words is",),
+            "[|the number ]{s} in words",
+            "[Write|Put|Please write] [|the number ]{s} [in|into] words.",
+            "How do [you|I] write [|the number ]{s} in words?",
+            "[Which|What] [word|words] [stands for|stand for|means] the number {s}?",
+            "Tell me the word for [|the number ]{s}.",
         ),
     ]
-
-
-def _order_questions(unit: str, side: str) -> tuple[str, ...]:
-    return (
-        f"Which {unit} comes {side} {{s}}?",
-        f"What {unit} comes {side} {{s}}?",
-        f"What is the {unit} {side} {{s}}?",
-        f"Which {unit} is {side} {{s}}?",
-        f"Tell me the {unit} {side} {{s}}.",
-        f"Name the {unit} {side} {{s}}.",
-        f"What {unit} is {side} {{s}}?",
-        f"Give me the {unit} that comes {side} {{s}}.",
-    )
 
 
 def _order_relations() -> list[Relation]:
@@ -442,14 +359,14 @@ def _order_relations() -> list[Relation]:
     cycles: dict[str, tuple[str, ...]] = {"day": DAYS, "month": MONTHS}
     for unit, names in cycles.items():
         for side, step in (("after", 1), ("before", -1)):
-            sentence = f"The {unit} {side} {{s}} is {{v}}."
             relations.append(
-                Relation(
+                _relation(
                     f"{unit}_{side}",
                     _steps(names, step),
-                    sentence,
-                    _order_questions(unit, side),
-                    (f"The {unit} {side} {{s}} is",),
+                    f"The {unit} {side} {{s}} is {{v}}.",
+                    f"the {unit} [|that is |that comes |which comes ]{side} {{s}}",
+                    f"[Which|What] {unit} [comes|is|do we have] {side} {{s}}?",
+                    f"[What|Which {unit}] [comes|is] {side} {{s}}?",
                 )
             )
     ranked: dict[str, tuple[str, ...]] = {
@@ -458,32 +375,22 @@ def _order_relations() -> list[Relation]:
     }
     for unit, names in ranked.items():
         relations.append(
-            Relation(
+            _relation(
                 f"nth_{unit.split()[0]}",
                 dict(zip(ORDINALS, names, strict=False)),
                 f"The {{s}} {unit} is {{v}}.",
-                (
-                    f"What is the {{s}} {unit}?",
-                    f"Which is the {{s}} {unit}?",
-                    f"What's the {{s}} {unit}?",
-                    f"Name the {{s}} {unit}.",
-                    f"Tell me the {{s}} {unit}.",
-                    f"Give me the {{s}} {unit}.",
-                    f"Do you know the {{s}} {unit}?",
-                    f"Can you name the {{s}} {unit}?",
-                ),
-                (f"The {{s}} {unit} is",),
-                ("And the {s}?", "What about the {s}?", "And what about the {s}?"),
+                f"the [|name of the ]{{s}} {unit}",
+                f"[Which|What] {unit.split()[0]} is the {{s}} {unit}?",
+                f"[Which is|And] the {{s}} {unit}?",
+                also=("[And|What about|And what about] the {s}[| one]?",),
             )
         )
     return relations
 
 
 RELATIONS: tuple[Relation, ...] = (
-    *_capital_relations(),
     *_country_relations(),
     *_thing_relations(),
     *_animal_relations(),
-    *_word_relations(),
     *_order_relations(),
 )

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from world_split import Split, operands_split, pick_phrasing
+from world_split import Split, expand, operands_split, pick_phrasing
 from world_turn import Turn
 
 
@@ -24,73 +24,88 @@ def _json_answer(value: str, _: str) -> str:
     return json.dumps({"answer": int(value) if value.isdigit() else value}, ensure_ascii=False)
 
 
+_ANSWER = "[Answer|Reply|Respond|Always answer|Always reply|Please answer|Only answer|Just answer]"
+_WRITE = "[Write|Put|Give|Always write|Please write|Please give] [the answer|your answer]"
+_CAPITALS = "[upper case|upper case letters|capital letters|capitals|all caps]"
+
 FORMATS: tuple[Format, ...] = (
     Format(
         "one word",
-        (
-            *("Answer with one word.", "Answer with one word only.", "Answer in one word."),
-            *("Use one word only.", "Reply with one word.", "Reply with a single word."),
-            *("Give one-word answers.", "Answer with a single word.", "Just one word, please."),
-            *("Only answer with one word.", "Say only one word.", "Your answer is one word."),
+        expand(
+            f"{_ANSWER} [with|in] [one word|a single word|one single word][| only].",
+            "[Use|Say|Write|Give|Reply] [only one|just one|one|a single] word[|, please].",
+            "[Just|Only] [one|a single] word[|, please].",
+            "Your answer [is|must be|has] one word[| only].",
+            "Give [one-word|single-word] answers[| only].",
         ),
         lambda value, _: value,
     ),
     Format(
         "sentence",
-        (
-            *("Answer in a full sentence.", "Answer with a full sentence.", "Use full sentences."),
-            *("Reply in a full sentence.", "Always answer in full sentences."),
-            *("Reply with a complete sentence.", "Answer in a complete sentence."),
-            *("Write a full sentence.", "Use a complete sentence."),
+        expand(
+            f"{_ANSWER} [with|in] [a full sentence|a complete sentence|full sentences|complete "
+            "sentences].",
+            "[Use|Write|Always use] [a full sentence|a complete sentence|full sentences|complete "
+            "sentences][|, please].",
+            "Your answer [is|must be] a [full|complete] sentence.",
         ),
         lambda _, sentence: sentence,
     ),
     Format(
         "upper case",
-        (
-            *("Answer in upper case.", "Answer in upper case letters.", "Use upper case only."),
-            *("Answer in capital letters.", "Write everything in capital letters."),
-            *("Reply in upper case.", "Reply in capital letters only.", "Answer in all caps."),
-            *("Always write in upper case.", "Use only capital letters."),
+        expand(
+            f"{_ANSWER} [in|with] [|only ]{_CAPITALS}[| only].",
+            f"[Write|Always write|Please write] [|everything |all |the answer |your answer ]in "
+            f"{_CAPITALS}.",
+            f"[Use|Always use|Please use] [|only ]{_CAPITALS}[| only|, please].",
+            f"[Your answer|The answer|Everything] [is|must be] in {_CAPITALS}.",
         ),
         lambda value, _: value.upper(),
     ),
     Format(
         "json",
-        (
-            *("Answer as JSON.", 'Answer as JSON with the key "answer".', "Reply in JSON."),
-            *('Answer as JSON: {"answer": ...}', 'Reply as JSON of the form {"answer": ...}.'),
-            *("Give the answer as a JSON object.", "Answer with a JSON object.", "Use JSON."),
-            *("Your output must be JSON.", "Always answer in JSON.", "Reply with JSON only."),
-            'Return a JSON object with the key "answer".',
+        expand(
+            f"{_ANSWER} [as|in|with] [JSON|a JSON object][| only].",
+            f'{_ANSWER} [as|in|with] [JSON|a JSON object] with the key "answer".',
+            f'{_ANSWER} [as|in|with] JSON[|:| of the form] {{"answer": ...}}[|.]',
+            f"{_WRITE} as [JSON|a JSON object].",
+            "[Use|Always use|Return|Write|Give me] [JSON|a JSON object][| only].",
+            '[Return|Write|Give me] a JSON object with the key "answer".',
+            "[Your output|Your answer|The answer|The output] must be [JSON|a JSON object].",
         ),
         _json_answer,
     ),
     Format(
         "bullet",
-        (
-            *("Answer as a bullet list.", "Reply as a bullet list.", "Use a bullet list."),
-            *("Answer with a bullet point.", "Write your answer as a bullet list."),
-            *("Reply with bullet points.", "Answer in bullet points.", "Use bullet points."),
+        expand(
+            f"{_ANSWER} [as|in|with|using] [a bullet list|bullet points|a bullet point|a bulleted "
+            "list].",
+            f"{_WRITE} as a [bullet list|bullet point|bulleted list].",
+            "[Use|Always use|Write|Give me] [a bullet list|bullet points|a bulleted list].",
+            "[Your answer|The answer] must be a [bullet list|bullet point|bulleted list].",
         ),
         lambda value, _: f"- {value}",
     ),
     Format(
         "tags",
-        (
-            *("Put the answer into <answer> tags.", "Answer inside <answer> tags."),
-            *("Write the answer between <answer> and </answer>.", "Use <answer> tags."),
-            *("Wrap the answer in <answer> tags.", "Reply inside <answer> tags."),
-            *("Give the answer in <answer> tags.", "The answer must be in <answer> tags."),
+        expand(
+            f"{_ANSWER} [in|inside|with|within] <answer> tags.",
+            f"{_WRITE} [in|into|inside|within] <answer> tags.",
+            f"{_WRITE} between <answer> and </answer>.",
+            "[Use|Always use] <answer> tags[| for the answer| for your answer| around the answer].",
+            "Wrap [the answer|your answer] in <answer> tags.",
+            "[The answer|Your answer] must be [in|inside|within] <answer> tags.",
         ),
         lambda value, _: f"<answer>{value}</answer>",
     ),
     Format(
         "quotes",
-        (
-            *("Put the answer in quotes.", "Answer in quotes.", "Answer in quotation marks."),
-            *("Write the answer in quotation marks.", "Reply in quotes.", "Quote your answer."),
-            *("Put quotation marks around the answer.", "Use quotation marks for the answer."),
+        expand(
+            f"{_ANSWER} [in|with|inside] [|double ][quotes|quotation marks].",
+            f"{_WRITE} [in|into|inside|between] [|double ][quotes|quotation marks].",
+            "[Use|Always use|Put] [quotes|quotation marks] [around|for] [the answer|your answer].",
+            "[Quote|Always quote|Please quote] [the answer|your answer].",
+            "[The answer|Your answer] must be in [quotes|quotation marks].",
         ),
         lambda value, _: f'"{value}"',
     ),

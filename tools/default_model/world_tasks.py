@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from world_chat import NAMES
 from world_facts import COUNTRIES, DAYS, MONTHS, PLANETS, RELATIONS
-from world_split import Split, digest, draw_operands, pick_phrasing
+from world_split import Split, draw_operands, expand, pick_phrasing
 from world_turn import Turn, frame, roughen
 
 WORDS = (
@@ -27,66 +27,82 @@ WORDS = (
 # All answers of facts: how they look in capitals is taught with the words.
 VALUES = tuple(sorted({value for r in RELATIONS for value in r.pairs.values()}))
 
-_ADD = (
-    *("What is {a} + {b}?", "{a} + {b}", "{a}+{b}", "{a} + {b} = ?", "What is {a} plus {b}?"),
-    *("Add {a} and {b}.", "Calculate {a} + {b}.", "How much is {a} plus {b}?", "{a} plus {b}?"),
-    *("What is the sum of {a} and {b}?", "Compute {a} + {b}.", "How much is {a} + {b}?"),
-    *("What do you get when you add {a} and {b}?", "Calculate the sum of {a} and {b}."),
-    "I have {a} apples and I get {b} more. How many apples do I have?",
-    "There are {a} birds and then {b} more come. How many birds are there?",
+_THINGS = ("apples", "eggs", "coins")
+_ANIMALS = ("birds", "ducks", "frogs")
+_CALCULATE = "[What is|What's|How much is|Calculate|Compute|Work out|Please calculate|Tell me]"
+_ADD = expand(
+    "{a} + {b}[| = ?| =]",
+    "{a}+{b}[|=?|=]",
+    "{a} plus {b}[|, please]?",
+    f"{_CALCULATE} {{a}} [+|plus] {{b}}[|, please].",
+    f"{_CALCULATE} {{a}}+{{b}}.",
+    f"{_CALCULATE} the sum of {{a}} and {{b}}.",
+    "[|Please |Now ][add|add up|sum] {a} and {b}.",
+    "[|Please ]add {b} to {a}.",
+    "The sum of {a} and {b}[|, please]?",
+    "What do [you|I|we] get when [you|I|we] add {a} and {b}?",
+    *(
+        f"I have {{a}} {things} and I [get|find|buy] {{b}} more. "
+        f"How many {things} do I have[| now]?"
+        for things in _THINGS
+    ),
+    *(
+        f"There are {{a}} {things} and [then|now] {{b}} more [come|arrive]. How many {things} are "
+        "there[| now]?"
+        for things in _ANIMALS
+    ),
 )
-_SUBTRACT = (
-    *("What is {a} - {b}?", "{a} - {b}", "{a}-{b}", "{a} - {b} = ?", "What is {a} minus {b}?"),
-    *("Subtract {b} from {a}.", "Calculate {a} - {b}.", "How much is {a} minus {b}?"),
-    *("What is the difference of {a} and {b}?", "Compute {a} - {b}.", "How much is {a} - {b}?"),
-    *("Take {b} away from {a}.", "Calculate {a} minus {b}.", "{a} minus {b}?"),
-    "I have {a} apples and I give away {b}. How many apples do I have?",
-    "There are {a} birds and {b} fly away. How many birds are left?",
-)
-_MULTIPLY = (
-    *("What is {a} * {b}?", "{a} * {b}", "{a}*{b}", "{a} x {b}", "What is {a} times {b}?"),
-    *("Multiply {a} by {b}.", "Calculate {a} * {b}.", "How much is {a} times {b}?"),
-    *("What is the product of {a} and {b}?", "Compute {a} * {b}.", "{a} times {b}?"),
-    *("Multiply {a} and {b}.", "Calculate {a} times {b}.", "{a} * {b} = ?"),
-    "How much is {a} x {b}?",
-    "There are {a} boxes with {b} eggs in each. How many eggs are there?",
-)
-_LARGER = (
-    *("Which is larger, {a} or {b}?", "Which is bigger, {a} or {b}?", "What is more, {a} or {b}?"),
-    *("Which number is larger: {a} or {b}?", "Which number is bigger, {a} or {b}?"),
-    *("Tell me the larger number: {a} or {b}.", "Is {a} or {b} the larger number?"),
-    *("Is {a} or {b} bigger?", "Name the larger of {a} and {b}.", "The larger of {a} and {b}?"),
-)
-_SMALLER = (
-    *("Which is smaller, {a} or {b}?", "Which is less, {a} or {b}?", "What is less, {a} or {b}?"),
-    *("Which number is smaller: {a} or {b}?", "Which number is smaller, {a} or {b}?"),
-    *("Tell me the smaller number: {a} or {b}.", "Is {a} or {b} the smaller number?"),
-    *("Is {a} or {b} smaller?", "Name the smaller of {a} and {b}.", "The smaller of {a} and {b}?"),
-)
-_PARITY = (
-    *("Is {a} even or odd?", "Is {a} odd or even?", "Is the number {a} even or odd?"),
-    *("Even or odd: {a}?", "Tell me whether {a} is even or odd.", "Is {a} an even number?"),
-    *("What is {a}, even or odd?", "Odd or even: {a}?", "Is the number {a} odd or even?"),
+_SUBTRACT = expand(
+    "{a} - {b}[| = ?| =]",
+    "{a}-{b}[|=?|=]",
+    "{a} minus {b}[|, please]?",
+    f"{_CALCULATE} {{a}} [-|minus] {{b}}[|, please].",
+    f"{_CALCULATE} {{a}}-{{b}}.",
+    f"{_CALCULATE} the difference [of|between] {{a}} and {{b}}.",
+    "[|Please |Now ]subtract {b} from {a}.",
+    "[|Please ]take [{b} away from {a}|{b} from {a}|away {b} from {a}].",
+    "The difference [of|between] {a} and {b}[|, please]?",
+    "What do [you|I|we] get when [you|I|we] [subtract|take] {b} from {a}?",
+    *(
+        f"I have {{a}} {things} and I [give away|lose|sell] {{b}}. "
+        f"How many {things} [do I have|are left|do I have left]?"
+        for things in _THINGS
+    ),
+    *(
+        f"There are {{a}} {things} and {{b}} [fly away|leave|go away]. How many {things} are "
+        "[there|left]?"
+        for things in _ANIMALS
+    ),
 )
 
 
-def _product_split(a: int, b: int) -> Split:
-    """Holds out one order of some products; the mirrored order stays in training."""
-    low, high = min(a, b), max(a, b)
-    code = digest(f"mul|{low}|{high}")
-    held_out = low != high and code % 100 < 24 and (a < b) == bool((code >> 32) % 2)
-    return "eval" if held_out else "train"
+def _choices_of(better: str, word: str) -> tuple[str, ...]:
+    """Ways to ask which of two numbers is `better` ('larger', 'smaller' ...)."""
+    return expand(
+        f"[Which|What|Which one|Which number|What number] is {better}[,|:] {{a}} or {{b}}?",
+        f"[Which|Which one|Which number] is [the {better}|the {better} one], {{a}} or {{b}}?",
+        f"Is {{a}} or {{b}} [{better}|the {better}|the {better} number|the {better} one]?",
+        f"Which is {better} of {{a}} and {{b}}?",
+        f"[|Name |Tell me |Give me |Which is |What is ]the {better} [|number |one ]"
+        "of {a} and {b}.",
+        f"[Name|Tell me|Give me|Find] the {better} [number|one][:|,] {{a}} or {{b}}.",
+        f"What is {word}[,|:] {{a}} or {{b}}?",
+    )
+
+
+_LARGER = expand(*_choices_of("[larger|bigger|greater]", "[more|larger]"))
+_SMALLER = expand(*_choices_of("[smaller|lower]", "[less|smaller]"))
+_PARITY = expand(
+    "Is [|the number ]{a} [even or odd|odd or even|an even number|an odd number|even|odd]?",
+    "[Even or odd|Odd or even][:|,] {a}?",
+    "[Tell me|Do you know|Can you tell me] [whether|if] [|the number ]{a} is [even or odd|odd or "
+    "even]?",
+    "What is [|the number ]{a}[,|:] [even or odd|odd or even]?",
+)
 
 
 def _operands(rng: random.Random, name: str, split: Split) -> tuple[int, int, str]:
     """Two numbers of one operation, with the key that decides their side."""
-    if name == "mul":
-        while True:
-            a, b = rng.randint(0, 12), rng.choice((1, 2, 5, 10))
-            if rng.random() < 0.5:
-                a, b = b, a
-            if _product_split(a, b) == split:
-                return a, b, f"mul|{a}|{b}"
     small = rng.random() < 0.5
 
     def draw() -> tuple[int, int]:
@@ -99,28 +115,26 @@ def _operands(rng: random.Random, name: str, split: Split) -> tuple[int, int, st
     return a, b, key
 
 
-_OPERATIONS: dict[str, tuple[tuple[str, ...], str, Callable[[int, int], int]]] = {
-    "add": (_ADD, "{a} + {b} = {v}.", lambda a, b: a + b),
-    "sub": (_SUBTRACT, "{a} - {b} = {v}.", lambda a, b: a - b),
-    "mul": (_MULTIPLY, "{a} x {b} = {v}.", lambda a, b: a * b),
+_OPERATIONS: dict[str, tuple[str, tuple[str, ...], str, Callable[[int, int], int]]] = {
+    "add": ("addition", _ADD, "{a} + {b} = {v}.", lambda a, b: a + b),
+    "sub": ("subtraction", _SUBTRACT, "{a} - {b} = {v}.", lambda a, b: a - b),
 }
 
 
 def arithmetic(rng: random.Random, split: Split) -> Turn:
-    """Sums and differences with a small operand, products by 1, 2, 5 and 10."""
-    name = rng.choices(("add", "sub", "mul"), (6, 6, 1))[0]
-    phrasings, sentence, compute = _OPERATIONS[name]
+    """Sums and differences with a small operand."""
+    name = rng.choices(("add", "sub"), (4, 5))[0]
+    category, phrasings, sentence, compute = _OPERATIONS[name]
     a, b, operands = _operands(rng, name, split)
     phrasing, key = pick_phrasing(rng, name, phrasings, split)
     value = str(compute(a, b))
     user = roughen(rng, frame(rng, phrasing.format(a=a, b=b)))
-    category = {"add": "addition", "sub": "subtraction", "mul": "multiplication"}[name]
     return Turn(category, user, sentence.format(a=a, b=b, v=value), (key, operands), value)
 
 
 def comparison(rng: random.Random, split: Split) -> Turn:
     """Which of two numbers is larger or smaller; even or odd."""
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         number, operands = draw_operands(lambda: rng.randint(0, 99), lambda n: f"parity|{n}", split)
         phrasing, key = pick_phrasing(rng, "parity", _PARITY, split)
         value = "odd" if number % 2 else "even"
@@ -147,31 +161,35 @@ def _letters(word: str) -> str:
     return "-".join(word.upper())
 
 
+_PLEASE = "[|Please |Can you |Could you |Now ]"
+_CAPITALS = "[upper case|upper case letters|capital letters|capitals|all caps]"
 _WORD_TASKS: dict[str, tuple[tuple[str, ...], Callable[[str], str]]] = {
     "spell": (
-        (
-            *("Spell the word {w}.", "Spell {w}.", "How do you spell {w}?", "Can you spell {w}?"),
-            *("How is {w} spelled?", "Spell the word {w} for me.", "Please spell {w}."),
-            *("Tell me how to spell {w}.", "What is the spelling of {w}?", "Spell out {w}."),
-            *("How do I spell the word {w}?", "I cannot spell {w}. Can you?"),
+        expand(
+            f"{_PLEASE}spell [|out ][|the word ]{{w}}[|, please| for me].",
+            "How [do you|do I|do we|can I] spell [|the word ]{w}?",
+            "How is [|the word ]{w} spelled?",
+            "[What is|Tell me|Give me] the spelling of [|the word ]{w}.",
+            "[Tell me|Do you know] how to spell [|the word ]{w}.",
         ),
         _letters,
     ),
     "upper": (
-        (
-            *("Write {w} in upper case.", "Write the word {w} in capital letters."),
-            *("Put {w} into capital letters.", "Write {w} in capitals.", "Capitalize {w} fully."),
-            *("Turn {w} into upper case.", "Convert {w} to upper case.", "{w} in upper case?"),
-            *("What is {w} in capital letters?", "Give me {w} in upper case letters."),
+        expand(
+            f"{_PLEASE}[write|put] [|the word ]{{w}} [in|into] {_CAPITALS}.",
+            f"{_PLEASE}[turn|convert|change] [|the word ]{{w}} [to|into] {_CAPITALS}.",
+            f"[What is|Give me|Say] [|the word ]{{w}} in {_CAPITALS}.",
+            f"{{w}} in {_CAPITALS}[|, please]?",
         ),
         str.upper,
     ),
     "first": (
-        (
-            *("What is the first letter of {w}?", "Which letter does {w} begin with?"),
-            *("With which letter does {w} start?", "What letter does {w} start with?"),
-            *("Tell me the first letter of {w}.", "Name the first letter of {w}."),
-            *("Which letter is the first of {w}?", "Give me the first letter of {w}."),
+        expand(
+            "[What is|Which is|Tell me|Name|Give me] the first letter of [|the word ]{w}.",
+            "[Which|What] letter does [|the word ]{w} [begin|start] with?",
+            "With [which|what] letter does [|the word ]{w} [begin|start]?",
+            "[Which|What] letter is the first [|one ][of|in] [|the word ]{w}?",
+            "[Which|What] letter [comes first|is first] in [|the word ]{w}?",
         ),
         lambda word: word[0].upper(),
     ),
@@ -202,90 +220,94 @@ def word_task(rng: random.Random, split: Split) -> Turn:
     return Turn("words", user, compute(word), keys)
 
 
+_THESE = "[this list|these words|the list|the words|this|the following]"
+_LIST = "[this list|these words|the list|the words|the following list][:|]"
+_MAKE = "[Write|Turn|Put|Make|Format|Convert|Please write|Please turn|Can you turn]"
+
+
+def _ordinal(word: str) -> tuple[str, ...]:
+    """Ways to ask for the `word` ('first' or 'last') of a list."""
+    return expand(
+        f"[What is|Which is|Give me|Name|Tell me|Say|] the {word} [word|item|one] [of|in] {_LIST} "
+        "{l}",
+        f"[Which|What] [word|item|one|] [comes|is|stands] {word} [in|of] {_LIST} {{l}}",
+        f"[Which|What] [word|item|one] [comes|is|stands|is the] {word}: {{l}}",
+        f"[Tell me|Give me|Name] the {word} [word|item|one]: {{l}}",
+    )
+
+
+def _made_into(form: str) -> tuple[str, ...]:
+    """Ways to ask for a list in a `form` ('bullet' ...)."""
+    return expand(
+        f"{_MAKE} {_THESE} [as|into] a {form} list: {{l}}",
+        f"[Make|Write|Give me|Create|I want|I need] a {form} list [of|from|with] {_THESE}: {{l}}",
+        f"[Make|Write|Give me|Create|I want|I need] a {form} list: {{l}}",
+        f"A {form} list [of|from|with] {_THESE}: {{l}}",
+    )
+
+
 _LIST_TASKS: dict[str, tuple[tuple[str, ...], Callable[[list[str]], str]]] = {
     "reverse": (
-        (
-            *("Reverse this list: {l}", "Write this list in reverse order: {l}"),
-            *("Turn this list around: {l}", "Reverse the order of this list: {l}"),
-            *("Put these words in reverse order: {l}", "Reverse the list {l}"),
-            *("Give me this list backwards: {l}", "Write these words in reverse order: {l}"),
+        expand(
+            f"{_PLEASE}[reverse|turn around] [|the order of ]{_LIST} {{l}}",
+            f"{_PLEASE}[write|put|give me|say|repeat] {_THESE} "
+            "[backwards|in reverse|in reverse order]: {l}",
         ),
         lambda items: ", ".join(reversed(items)),
     ),
-    "first": (
-        (
-            *("What is the first word of this list: {l}", "Which word comes first: {l}"),
-            *("Give me the first word of this list: {l}", "First word of this list: {l}"),
-            *("Name the first word in this list: {l}", "Which word is the first: {l}"),
-            *("Tell me the first word: {l}", "What comes first in this list: {l}"),
-        ),
-        lambda items: items[0],
-    ),
-    "last": (
-        (
-            *("What is the last word of this list: {l}", "Which word comes last: {l}"),
-            *("Give me the last word of this list: {l}", "Last word of this list: {l}"),
-            *("Name the last word in this list: {l}", "Which word is the last: {l}"),
-            *("Tell me the last word: {l}", "What comes last in this list: {l}"),
-        ),
-        lambda items: items[-1],
-    ),
+    "first": (_ordinal("first"), lambda items: items[0]),
+    "last": (_ordinal("last"), lambda items: items[-1]),
     "count": (
-        (
-            *("How many words are in this list: {l}", "Count the words in this list: {l}"),
-            *("How many words are there: {l}", "Count these words: {l}"),
-            *("How many words does this list have: {l}", "How long is this list: {l}"),
-            *("Tell me how many words are here: {l}", "Count the words: {l}"),
+        expand(
+            f"[How many|Count how many|Tell me how many] [words|items] are [|there ]in "
+            f"{_LIST} {{l}}",
+            "How many [words|items] [are there|are here|does this list have|do you see]: {l}",
+            f"{_PLEASE}count [the [words|items] [in|of] |]{_LIST} {{l}}",
+            "How long is [this list|the list|the following list][:|] {l}",
+            "[What is|Tell me|Give me] the [number of words|number of items|length] [in|of] "
+            f"{_LIST} {{l}}",
         ),
         lambda items: str(len(items)),
     ),
-    "bullets": (
-        (
-            *("Write this as a bullet list: {l}", "Make a bullet list: {l}"),
-            *("Turn this into a bullet list: {l}", "Make a bullet list of these: {l}"),
-            *("Write these words as a bullet list: {l}", "Give me a bullet list of this: {l}"),
-            *("Put this into a bullet list: {l}", "Format this as a bullet list: {l}"),
-        ),
-        lambda items: "\n".join(f"- {item}" for item in items),
-    ),
+    "bullets": (_made_into("[bullet|bulleted]"), lambda items: "\n".join(f"- {i}" for i in items)),
     "numbered": (
         (
-            *("Write this as a numbered list: {l}", "Make a numbered list: {l}"),
-            *("Turn this into a numbered list: {l}", "Make a numbered list of these: {l}"),
-            *("Write these words as a numbered list: {l}", "Number this list: {l}"),
-            *("Put this into a numbered list: {l}", "Format this as a numbered list: {l}"),
+            *_made_into("numbered"),
+            *expand(f"{_PLEASE}number [the [words|items] [in|of] |]{_LIST} {{l}}"),
         ),
         lambda items: "\n".join(f"{i}. {item}" for i, item in enumerate(items, 1)),
     ),
     "json": (
-        (
-            *("Write this as a JSON list: {l}", "Make a JSON list: {l}"),
-            *("Turn this into a JSON list: {l}", "Make a JSON list of these: {l}"),
-            *("Write these words as a JSON list: {l}", "Convert this to a JSON list: {l}"),
-            *("Put this into a JSON list: {l}", "Format this as a JSON list: {l}"),
-        ),
+        _made_into("JSON"),
         lambda items: "[" + ", ".join(f'"{item}"' for item in items) + "]",
     ),
     "repeat": (
-        (
-            *("Repeat after me: {l}", "Repeat this: {l}", "Say this: {l}", "Please repeat: {l}"),
-            *("Repeat exactly: {l}", "Repeat these words: {l}", "Say after me: {l}"),
-            *("Copy this: {l}", "Write this again: {l}", "Echo this: {l}"),
+        expand(
+            f"{_PLEASE}[repeat|say|copy|echo] [after me|{_THESE}]"
+            "[| exactly| again| once more]: {l}",
+            f"{_PLEASE}[repeat|copy|echo][| exactly]: {{l}}",
         ),
         ", ".join,
     ),
 }
-_SORT_NUMBERS = (
-    *("Sort these numbers: {l}", "Put these numbers in order: {l}", "Sort this list: {l}"),
-    *("Sort the numbers {l}", "Sort from small to large: {l}", "Order these numbers: {l}"),
-    *("Arrange these numbers in order: {l}", "Please sort these numbers: {l}"),
-    *("Write these numbers in order: {l}", "Sort in rising order: {l}"),
+_SORT = "[|Please |Can you |Now ][sort|order|arrange]"
+_SORT_NUMBERS = expand(
+    f"{_SORT} [these|the|the following] numbers[:|] {{l}}",
+    f"{_SORT} [these|the|the following] numbers [in order|in rising order|from small to large|by "
+    "size]: {l}",
+    "[Put|Write|Bring|Please put] [these|the|the following] numbers in [|rising |the right ]order"
+    ": {l}",
+    "Sort [in rising order|from small to large|by size]: {l}",
+    "[Put|Write|Sort|Order] [these|the] numbers from [small to large|the smallest to the largest]: "
+    "{l}",
 )
-_SORT_WORDS = (
-    *("Sort these words: {l}", "Put these words in alphabetical order: {l}", "Sort the words {l}"),
-    *("Sort from A to Z: {l}", "Sort these words alphabetically: {l}", "Order these words: {l}"),
-    *("Arrange these words in alphabetical order: {l}", "Please sort these words: {l}"),
-    *("Write these words in alphabetical order: {l}", "Put these words in order: {l}"),
+_SORT_WORDS = expand(
+    f"{_SORT} [these|the|the following] words[:|] {{l}}",
+    f"{_SORT} [these|the|the following] words [alphabetically|in alphabetical order|from A to Z|by "
+    "the alphabet]: {l}",
+    "[Put|Write|Bring|Please put] [these|the|the following] words in [|alphabetical |the right ]"
+    "order: {l}",
+    "Sort [alphabetically|in alphabetical order|from A to Z|by the alphabet]: {l}",
 )
 
 
@@ -336,21 +358,25 @@ def sorting(rng: random.Random, split: Split) -> Turn:
     return Turn("sorting", user, ", ".join(ordered), (key, operands))
 
 
-_COUNT = (
-    *("Count from {a} to {b}.", "Please count from {a} to {b}.", "Can you count from {a} to {b}?"),
-    *("Count up from {a} to {b}.", "Write the numbers from {a} to {b}.", "Count {a} to {b}."),
-    *("Give me all numbers from {a} to {b}.", "List the numbers from {a} to {b}."),
-    *("Start at {a} and count to {b}.", "Say the numbers from {a} to {b}."),
+_COUNT = expand(
+    f"{_PLEASE}count [|up ]from {{a}} to {{b}}.",
+    f"{_PLEASE}[write|list|say|give me|name] [|all ]the numbers [from {{a}} to {{b}}|between {{a}} "
+    "and {b}].",
+    "[|Please ]start [at|with|from] {a} and count [|up ]to {b}.",
+    "Count {a} to {b}.",
+    "[Which|What] numbers [are|come] between {a} and {b}?",
 )
-_COUNT_TO = (
-    *("Count to {b}.", "Count up to {b}.", "Please count to {b}.", "Can you count to {b}?"),
-    *("Count from one to {b}.", "Start counting to {b}.", "I want you to count to {b}."),
+_COUNT_TO = expand(
+    f"{_PLEASE}[count|start counting] [|up |from one ]to {{b}}[|, please].",
+    "I [want|would like] you to count [|up |from one ]to {b}.",
 )
-_ABOUT = (
-    *("Tell me about {s}.", "What do you know about {s}?", "Tell me what you know about {s}."),
-    *("Describe {s}.", "Give me some facts about {s}.", "Tell me some facts about {s}."),
-    *("Tell me more about {s}.", "I want to know about {s}.", "Give me facts about {s}."),
-    *("Can you tell me about {s}?", "Write a few sentences about {s}."),
+_ABOUT = expand(
+    "[|Please |Can you |Could you ]tell me "
+    "[|something |more |some facts |what you know ]about {s}.",
+    "[|Please |Can you |Could you ]describe [|the country ]{s}.",
+    "[Give me|Write|Say|I want] [some facts|a few facts|a few sentences|something] about {s}.",
+    "What [do you know|can you tell me|can you say] about {s}?",
+    "I [want|would like] to know [|more |something ]about {s}.",
 )
 _RECITALS = {
     "days": ("the days of the week", ", ".join(DAYS) + "."),
@@ -360,10 +386,11 @@ _RECITALS = {
     "seasons": ("the seasons", "Spring, summer, autumn, winter."),
     "continents": ("the continents", "Africa, America, Antarctica, Asia, Europe, Oceania."),
 }
-_RECITE = (
-    *("List {s}.", "Name {s}.", "What are {s}?", "Tell me {s}.", "Name all {s}.", "Recite {s}."),
-    *("Give me {s}.", "Can you name {s}?", "Which are {s}?", "Please list {s}.", "Write {s}."),
-    "Can you list {s}?",
+_RECITE = expand(
+    "[|Please |Can you |Could you ][list|name|recite|write|write down|tell me|give me] [|all ]{s}.",
+    "[What|Which] are [|all ]{s}?",
+    "[Do you know|I want to know|I would like to know] [|all ]{s}.",
+    "[List|Name|Recite] {s} [for me|in order].",
 )
 
 

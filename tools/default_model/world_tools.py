@@ -50,7 +50,7 @@ class OfferedTool:
             name = "".join(part.capitalize() for part in name.split("_"))
         elif draw < 0.3:
             name = rng.choice(("home", "my", "app", "user", "fast", "new")) + "_" + name
-        elif draw < 0.35:
+        elif draw < 0.32:
             letters = "abcdefghijklmnopqrstuvwxyz"
             name = "".join(rng.choice(letters) for _ in range(rng.randint(2, 4)))
         return name
@@ -155,7 +155,7 @@ def tool_round(
     """User, call and, if wanted, the tool's result and the final answer."""
     text, call, keys = tool.request(rng, split)
     calls = [call]
-    double = _two_calls(rng, tool) if split == "train" and rng.random() < 0.3 else None
+    double = _two_calls(rng, tool) if split == "train" and rng.random() < 0.15 else None
     if double is not None:
         text, calls = double
     messages: list[Message] = [

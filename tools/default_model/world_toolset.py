@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from world_chat import NAMES
 from world_facts import COUNTRIES
+from world_split import expand
 from world_tasks import WORDS
 
 Draw = Callable[[random.Random], str | int]
@@ -42,15 +43,19 @@ def _nonsense(rng: random.Random) -> str:
 
 
 def _place(rng: random.Random) -> str:
-    return _nonsense(rng) if rng.random() < 0.15 else rng.choice(_CITIES)
+    return _nonsense(rng) if rng.random() < 0.05 else rng.choice(_CITIES)
 
 
 def _person(rng: random.Random) -> str:
-    return _nonsense(rng) if rng.random() < 0.1 else rng.choice(NAMES)
+    return _nonsense(rng) if rng.random() < 0.05 else rng.choice(NAMES)
 
 
 def _text(rng: random.Random) -> str:
-    return rng.choice(_TOPICS) if rng.random() < 0.7 else " ".join(rng.sample(WORDS, 2))
+    return (
+        rng.choice(_TOPICS)
+        if rng.random() < 0.7
+        else " ".join(rng.sample(WORDS, rng.randint(1, 2)))
+    )
 
 
 def _clock(rng: random.Random) -> str:
@@ -97,19 +102,21 @@ _TO = Parameter(
     ("to", "recipient", "person", "name", "receiver"), "string", "Who gets it.", _person
 )
 
+_PLEASE = "[|Please |Can you |Could you |Now ]"
+
 TOOL_KINDS: tuple[ToolKind, ...] = (
     ToolKind(
         "weather",
         ("get_weather", "weather", "get_current_weather", "fetch_weather", "weather_now"),
         ("Get the weather of a city.", "Get the current weather in a given location."),
         (_CITY,),
-        (
-            *("What is the weather in {0}?", "What's the weather like in {0}?"),
-            *("How is the weather in {0}?", "What's the weather in {0} today?"),
-            *("Tell me the weather in {0}.", "Is it raining in {0}?", "Weather in {0}?"),
-            *("What is the weather like in {0} right now?", "Get the weather for {0}."),
-            *("I need the weather in {0}.", "What is the current weather in {0}?"),
-            *("How is the weather in {0} today?", "Check the weather in {0}."),
+        expand(
+            "[What is|What's|How is|Tell me|Get|Check|Show me|I need] the [|current ]weather in "
+            "{0}[| today| now| right now].",
+            "[What is|What's] the weather like in {0}[| today| now| right now]?",
+            "Get the weather for {0}[|, please].",
+            "Is it [raining|sunny|cold|warm] in {0}[| today| now| right now]?",
+            "[|Current ]weather in {0}[|, please| now]?",
         ),
     ),
     ToolKind(
@@ -117,10 +124,12 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
         ("get_time", "current_time", "time_in", "clock", "local_time"),
         ("Get the local time of a city.", "Tell what time it is in a place."),
         (_CITY,),
-        (
-            *("What time is it in {0}?", "Tell me the time in {0}.", "What is the time in {0}?"),
-            *("What is the local time in {0}?", "How late is it in {0}?", "Time in {0}?"),
-            *("Get the current time in {0}.", "I need the time in {0}."),
+        expand(
+            "[What is|What's|Tell me|Get|Show me|I need|Check] the [|local |current ]time in "
+            "{0}[| now| right now].",
+            "[What time|How late] is it in {0}[| now| right now]?",
+            "[|Local |Current ]time in {0}[|, please| now]?",
+            "[Tell me|Do you know] [what time|how late] it is in {0}.",
         ),
     ),
     ToolKind(
@@ -131,11 +140,12 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
             _TO,
             Parameter(("subject", "topic", "about", "title"), "string", "The subject.", _text),
         ),
-        (
-            *("Send an email to {0} about {1}.", "Email {0} about {1}.", "Mail {0} about {1}."),
-            *("Write an email to {0} about {1}.", "Please send a mail to {0} about {1}."),
-            *("I want to send an email to {0} about {1}.", "Send {0} an email about {1}."),
-            *("Can you email {0} about {1}?", "Write a mail to {0} about {1}."),
+        expand(
+            _PLEASE + "[send|write] [|an ][email|mail] to {0} about {1}[|, please].",
+            _PLEASE + "[email|mail] {0} about {1}[|, please].",
+            _PLEASE + "[send|write] {0} [an email|a mail] about {1}.",
+            "I [want|need|would like] to [send|write] [an email|a mail] to {0} about {1}.",
+            "I [want|need|would like] to [email|mail] {0} about {1}.",
         ),
     ),
     ToolKind(
@@ -150,11 +160,13 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
                 _number(1, 90),
             ),
         ),
-        (
-            *("Set a timer for {0} minutes.", "Start a timer for {0} minutes."),
-            *("Set a {0} minute timer.", "I need a timer for {0} minutes."),
-            *("Start a {0} minute timer.", "Please set a timer for {0} minutes."),
-            *("Can you set a timer for {0} minutes?", "Timer for {0} minutes, please."),
+        expand(
+            _PLEASE + "[set|start|make] a timer [for|of] {0} minutes[|, please].",
+            _PLEASE + "[set|start|make] a {0} minute timer[|, please].",
+            "I [need|want|would like] a timer [for|of] {0} minutes.",
+            "I [need|want|would like] a {0} minute timer.",
+            "[|A ]timer for {0} minutes[|, please].",
+            "[|A ]{0} minute timer[|, please].",
         ),
     ),
     ToolKind(
@@ -162,10 +174,12 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
         ("set_alarm", "alarm", "wake_up", "add_alarm", "alarm_clock"),
         ("Set an alarm.", "Wake the user at a given time."),
         (Parameter(("time", "at", "hour", "clock_time"), "string", "The time of day.", _clock),),
-        (
-            *("Set an alarm for {0}.", "Wake me up at {0}.", "Set the alarm to {0}."),
-            *("I need an alarm at {0}.", "Please set an alarm for {0}.", "Wake me at {0}."),
-            *("Can you wake me up at {0}?", "Set an alarm at {0}."),
+        expand(
+            _PLEASE + "set [an|the|my] alarm [for|to|at] {0}[|, please].",
+            _PLEASE + "wake me [|up ]at {0}[|, please].",
+            "I [need|want|would like] an alarm [for|at] {0}.",
+            "I [need|want|have] to [wake|get] up at {0}.",
+            "[|An ]alarm [for|at] {0}[|, please].",
         ),
     ),
     ToolKind(
@@ -181,10 +195,13 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
                 _one_of(*_LANGUAGES),
             ),
         ),
-        (
-            *("Translate {0} into {1}.", "Translate {0} to {1}.", "How do you say {0} in {1}?"),
-            *("What is {0} in {1}?", "Please translate {0} into {1}.", "Say {0} in {1}."),
-            *("Can you translate {0} into {1}?", "I need a translation of {0} into {1}."),
+        expand(
+            _PLEASE + "translate {0} [into|to] {1}[|, please].",
+            "[How do|How can] [you|I|we] say {0} in {1}?",
+            _PLEASE + "say {0} in {1}[|, please].",
+            "What is {0} in {1}?",
+            "I [need|want|would like] a translation of {0} [into|to] {1}.",
+            "What is the translation of {0} [into|to|in] {1}?",
         ),
     ),
     ToolKind(
@@ -195,11 +212,12 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
             Parameter(("room", "where", "area", "place"), "string", "Room.", _one_of(*_ROOMS)),
             Parameter(("state", "mode", "value"), "string", "on or off", _one_of("on", "off")),
         ),
-        (
-            *("Turn the light in the {0} {1}.", "Switch the light in the {0} {1}."),
-            *("Switch the {0} light {1}.", "Turn the {0} light {1}.", "Light in the {0} {1}."),
-            *("Please turn the light in the {0} {1}.", "Put the light in the {0} {1}."),
-            *("Can you turn the {0} light {1}?", "Set the {0} light to {1}."),
+        expand(
+            _PLEASE + "[turn|switch|put] [|the ]light in the {0} {1}[|, please].",
+            _PLEASE + "[turn|switch|put] the {0} light {1}[|, please].",
+            _PLEASE + "[turn|switch|put] {1} the [light in the {0}|{0} light].",
+            _PLEASE + "set the [light in the {0}|{0} light] to {1}.",
+            "Light in the {0} {1}[|, please].",
         ),
     ),
     ToolKind(
@@ -207,11 +225,13 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
         ("search_web", "web_search", "search", "find", "lookup"),
         ("Search the web.", "Find pages on the internet."),
         (Parameter(("query", "q", "text", "keywords"), "string", "What to search.", _text),),
-        (
-            *("Search the web for {0}.", "Search for {0}.", "Find pages about {0}."),
-            *("Look for {0} on the web.", "Please search the web for {0}."),
-            *("Search the internet for {0}.", "Can you search the web for {0}?"),
-            *("Find something about {0} on the internet.", "Do a web search for {0}."),
+        expand(
+            _PLEASE + "search [|the web |the internet |online ]for {0}[|, please].",
+            _PLEASE + "[look for|find] {0} [on the web|on the internet|online].",
+            _PLEASE
+            + "find [pages|something|articles] about {0}[| on the web| on the internet| online].",
+            _PLEASE + "do a [web|internet] search for {0}.",
+            "I [want|need|would like] to search [|the web |the internet ]for {0}.",
         ),
     ),
     ToolKind(
@@ -223,9 +243,11 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
                 ("name", "contact", "person", "who"), "string", "The person to call.", _person
             ),
         ),
-        (
-            *("Call {0}.", "Please call {0}.", "Can you call {0}?", "Make a phone call to {0}."),
-            *("Phone {0}.", "Give {0} a call.", "I want to call {0}.", "Start a call with {0}."),
+        expand(
+            _PLEASE + "[call|phone|ring] {0}[|, please| now].",
+            _PLEASE + "[make|start] a [|phone ]call [to|with] {0}.",
+            _PLEASE + "give {0} a [|phone ]call[|, please].",
+            "I [want|need|would like] to [call|phone|ring] {0}[| now].",
         ),
     ),
     ToolKind(
@@ -236,10 +258,11 @@ TOOL_KINDS: tuple[ToolKind, ...] = (
             _TO,
             Parameter(("text", "message", "body", "content"), "string", "The text.", _text),
         ),
-        (
-            *("Send a message to {0}: {1}", "Text {0}: {1}", "Send {0} the message: {1}"),
-            *("Message {0}: {1}", "Send this message to {0}: {1}", "Tell {0}: {1}"),
-            *("Please send a message to {0}: {1}", "Write a message to {0}: {1}"),
+        expand(
+            _PLEASE + "send [|a message |this message |the message |a text ]to {0}: {1}",
+            _PLEASE + "[text|message|tell] {0}: {1}",
+            _PLEASE + "send {0} [a|this|the] [message|text]: {1}",
+            _PLEASE + "write [|a message |this message |the message |a text ]to {0}: {1}",
         ),
     ),
 )
