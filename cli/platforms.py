@@ -6,34 +6,27 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..core.args import EngineArgs
+from ..core.args import EngineArgs, flag_fields
 from ..core.errors import TrimaranError
+from .flags import add_flags, build
 from .serve import add_model, take_model
 
-if TYPE_CHECKING:
-    import torch
-
-    from ..core.models.spec import DecoderSpec
-    from ..core.ops import OpBinder
-
-BLOCK_SIZE = 32
-DTYPES = ("bfloat16", "float16", "float32")
+# What decides between implementations.
+SHOWN = ("platform", "dtype", "block_size", "revision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--platform", default="auto", help="Show the ops of this platform.")
-    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    others = [field.name for field in flag_fields(EngineArgs) if field.name not in SHOWN]
+    add_flags(parser, EngineArgs, skip=others)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
 
 
 def run(namespace: argparse.Namespace) -> int:
     take_model(namespace)
-    report = build_report(
-        getattr(namespace, "model", EngineArgs().model), namespace.platform, namespace.dtype
-    )
+    report = build_report(build(EngineArgs, namespace))
     if namespace.json:
         json.dump(report, sys.stdout, indent=2)
         print()
@@ -42,8 +35,8 @@ def run(namespace: argparse.Namespace) -> int:
     return 0 if report["chosen"] else 1
 
 
-def build_report(model: str, platform_name: str, dtype: str) -> dict[str, Any]:
-    """Platforms with scores and reasons; for the chosen one, its facts and its ops for `model`."""
+def build_report(args: EngineArgs) -> dict[str, Any]:
+    """Platforms with scores and reasons; for the chosen one, its facts and the model's ops."""
     from ..core.platform import make_platform
     from ..platforms.registry import available
 
@@ -60,25 +53,18 @@ def build_report(model: str, platform_name: str, dtype: str) -> dict[str, Any]:
             }
         )
     try:
-        platform = make_platform(platform_name)
+        platform = make_platform(args.platform)
         report["chosen"] = platform.name
         report["facts"] = dict(platform.describe())
-        report["ops"] = _ops(platform, model, dtype)
+        report["ops"] = _ops(platform, args)
     except TrimaranError as error:
         report["error"] = error.message
     return report
 
 
-def _ops(platform: Any, model: str, dtype_name: str) -> list[dict[str, Any]]:
-    import torch
+def _ops(platform: Any, args: EngineArgs) -> list[dict[str, Any]]:
+    from .bindings import bindings_of
 
-    from ..core.model_files import read_hf_config, resolve_model_path
-    from ..core.models.registry import decoder_spec
-    from ..core.ops import OpBinder
-
-    spec = decoder_spec(read_hf_config(resolve_model_path(model), {}))
-    binder = OpBinder(platform)
-    bind_model(binder, spec, getattr(torch, dtype_name))
     return [
         {
             "op": binding.op,
@@ -86,34 +72,8 @@ def _ops(platform: Any, model: str, dtype_name: str) -> list[dict[str, Any]]:
             "chosen": binding.chosen,
             "refused": [dataclasses.asdict(one) for one in binding.refused],
         }
-        for binding in binder.report()
+        for binding in bindings_of(platform, args)
     ]
-
-
-def bind_model(binder: OpBinder, spec: DecoderSpec, dtype: torch.dtype) -> None:
-    """Binds what a model of this shape binds when it is built."""
-    hidden, width = spec.hidden_size, spec.intermediate_size
-    heads = spec.num_heads * spec.head_dim
-    merged = heads + 2 * spec.num_kv_heads * spec.head_dim
-    binder.bind("embed", dtype, vocab=spec.vocab_size, hidden=hidden)
-    for size in {hidden, spec.head_dim} if spec.qk_norm else {hidden}:
-        binder.bind("rms_norm", dtype, size=size)
-    binder.bind("add_rms_norm", dtype, size=hidden)
-    for fan_in, fan_out in (
-        (hidden, merged),
-        (heads, hidden),
-        (hidden, 2 * width),
-        (width, hidden),
-        (hidden, spec.vocab_size),
-    ):
-        binder.bind("linear", dtype, in_features=fan_in, out_features=fan_out)
-    binder.bind("rope", dtype, head_dim=spec.head_dim, rope_dim=spec.rope.dim)
-    binder.bind(spec.activation, dtype, size=width)
-    binder.bind("add", dtype, size=hidden)
-    for group in spec.cache_groups():
-        binder.attention(
-            spec.attention_spec(group, dtype=dtype, kv_dtype=dtype, block_size=BLOCK_SIZE)
-        )
 
 
 def _signature(signature: Any) -> dict[str, Any]:

@@ -8,7 +8,8 @@ or captured before `submit` returns, so the host may plan the next step meanwhil
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from ...platforms.interface import Device, Event, KVRegion
 from ..config import CacheConfig, ModelSpec, SchedulerConfig
 from ..models.decoder import Decoder
+from ..models.spec import DecoderSpec
 from ..models.step import StepBuffers
 from ..ops import OpBinder
 from ..plan import BlockCopy, BlockRef, StepOutput, StepPlan
@@ -25,6 +27,14 @@ from .heads import BeamHead, OutputHead, PromptLogprobsHead, StagedHead, TokenHe
 from .rows import RowTable, Work
 
 logger = logging.getLogger("trimaran.runner")
+
+
+def bind_ends(
+    binder: OpBinder, spec: DecoderSpec, dtype: torch.dtype
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The ops after the decoder: picking the rows that yield a token, and greedy sampling."""
+    gather = binder.bind("gather_rows", dtype, size=spec.hidden_size)
+    return gather, binder.bind("sample", torch.float32, vocab=spec.vocab_size)
 
 
 class Runner:
@@ -49,9 +59,8 @@ class Runner:
         self._buffers = buffers
         self._rows = RowTable(device, num_rows, scheduler.max_model_len, sizes)
         self._regions = self._alloc_kv(cache)
-        self._gather = binder.bind("gather_rows", model.dtype, size=decoder.spec.hidden_size)
+        self._gather, argmax = bind_ends(binder, decoder.spec, model.dtype)
         tokens = self._rows.tokens
-        argmax = binder.bind("sample", torch.float32, vocab=vocab)
         sampler = Sampler(device, tokens, vocab, logprobs_mode=model.logprobs_mode, argmax=argmax)
         self._heads: tuple[OutputHead, ...] = (
             PromptLogprobsHead(device, tokens, vocab),

@@ -77,7 +77,7 @@ async def search(
                     key_id=options.key_id,
                 )
                 timer.tokens = sum(len(beam.token_ids) for beam in output.sequences)
-                reasons = [beam.finish_reason for beam in output.sequences]
+                reasons = [beam.finish_reason or "" for beam in output.sequences]
                 timer.on_end(RequestMetrics(), len(prompt), reasons)
                 outputs.append(output)
     except TimeoutError:

@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from trimaran.cli import config_file, flags, main, serve, talk
+from trimaran.cli import config_file, flags, main, platforms, serve, talk
 from trimaran.cli.bench_serve import Trace, summarize
 from trimaran.cli.workload import make_jobs, percentile
 from trimaran.core.args import EngineArgs, ServerArgs, flag_fields
+from trimaran.core.engine.inproc import InprocClient
 from trimaran.core.errors import ConfigError
 
 HEAVY = {"torch", "numpy", "pydantic", "starlette", "uvicorn", "rich", "transformers"}
@@ -157,6 +158,22 @@ def test_an_error_is_one_line(tmp_path):
 def test_doctor_as_json():
     report = json.loads(cli("doctor", "--json").stdout)
     assert report["versions"]["trimaran"] and "cpu" in report["platforms"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--platform=strict", "--dtype=float32"]])
+def test_platforms_shows_what_an_engine_binds(flags):
+    report = json.loads(cli("platforms", "--json", *flags).stdout)
+    shown = [(one["op"], one["signature"], one["chosen"]) for one in report["ops"]]
+    args = {"max_num_seqs": 2, "max_model_len": "64"}
+    args |= dict(flag[2:].split("=") for flag in flags)
+    client = InprocClient.from_args(EngineArgs(**args))
+    try:
+        bound = client.engine.executor._rank.binder.report()
+        expected = [(one.op, platforms._signature(one.signature), one.chosen) for one in bound]
+    finally:
+        client.close()
+    assert sorted(map(str, shown)) == sorted(map(str, expected))
+    assert {"gather_rows", "sample", "attention"} <= {op for op, _, _ in shown}
 
 
 def test_a_closed_output_is_no_failure():

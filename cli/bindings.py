@@ -1,0 +1,49 @@
+"""Which implementations a model would be bound to: it is built, without memory for its tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..core.args import EngineArgs
+from ..core.dtypes import choose_dtype
+from ..core.model_files import read_hf_config, resolve_model_path
+from ..core.models.decoder import Decoder
+from ..core.models.registry import decoder_spec
+from ..core.models.step import StepBuffers, StepGroup
+from ..core.ops import Binding, OpBinder
+from ..core.runner.runner import bind_ends
+from ..core.sizing import measure_groups
+from ..platforms.communicator import LocalCommunicator
+from ..platforms.interface import Platform
+
+
+class ShapesOnly:
+    """A device whose tensors have a shape and an element type, and nothing in them."""
+
+    def alloc(self, shape: tuple[int, ...], dtype: torch.dtype, *, tag: str) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def bindings_of(platform: Platform, args: EngineArgs) -> list[Binding]:
+    """What `args.model` binds in `args.dtype`, with the platform's block size. Raises
+    `TrimaranError`."""
+    hf_config = read_hf_config(resolve_model_path(args.model, args.revision), {})
+    spec = decoder_spec(hf_config)
+    dtype = choose_dtype(args.dtype, hf_config, platform.capabilities(), platform.name)
+    device: Any = ShapesOnly()
+    binder = OpBinder(platform, device)
+    groups = []
+    sizes = measure_groups(
+        platform, spec, dtype=dtype, kv_dtype=dtype, block_size=args.block_size, ranks=1
+    )
+    for size in sizes:
+        attention = spec.attention_spec(
+            size.group, dtype=dtype, kv_dtype=dtype, block_size=size.block_size
+        )
+        groups.append(StepGroup(size.group.layers, attention, binder.attention(attention)))
+    buffers = StepBuffers(device, groups, max_tokens=1, max_positions=1)
+    Decoder(spec, binder, buffers, LocalCommunicator(), dtype=dtype)
+    bind_ends(binder, spec, dtype)
+    return binder.report()
