@@ -72,7 +72,8 @@ class CacheConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
-    """Limits of the scheduler; `run_ahead` is the number of steps in flight beyond the current."""
+    """Limits of the scheduler; `run_ahead` is the number of steps in flight beyond the current;
+    `mixed_batches` False keeps steps that compute prompts apart from steps that decode."""
 
     max_model_len: int
     max_num_seqs: int = 64
@@ -83,6 +84,7 @@ class SchedulerConfig:
     max_num_queued_reqs: int = 4096
     max_num_queued_tokens: int = 8_388_608
     run_ahead: int = 0
+    mixed_batches: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

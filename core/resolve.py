@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..platforms.interface import Capabilities, MemoryInfo, Platform
+from ..platforms.interface import Capabilities, MemoryInfo, Platform, StepLimits
 from .config import (
     CacheConfig,
     EngineArgs,
@@ -227,7 +227,7 @@ class _Resolution:
 
     def _batched_tokens(self, length: int, num_seqs: int) -> int:
         args = self._args
-        limits = self._platform.step_limits(dataclasses.asdict(args))
+        limits = self._limits
         tokens = args.max_num_batched_tokens
         if tokens is None:
             tokens = HOST_BATCHED_TOKENS if self._on_host else DEVICE_BATCHED_TOKENS
@@ -271,6 +271,7 @@ class _Resolution:
             max_num_queued_reqs=args.max_num_queued_reqs,
             max_num_queued_tokens=args.max_num_queued_tokens,
             run_ahead=run_ahead,
+            mixed_batches=self._limits.mixed_batches,
         )
 
     # -- KV cache ------------------------------------------------------------------------------
@@ -321,6 +322,10 @@ class _Resolution:
             on_host=self._on_host,
             ranks=self._ranks,
         )
+
+    @functools.cached_property
+    def _limits(self) -> StepLimits:
+        return self._platform.step_limits(dataclasses.asdict(self._args))
 
     @functools.cached_property
     def _memory(self) -> MemoryInfo:

@@ -7,6 +7,7 @@ Chunked prefill, prefix hits and resumption after a preemption are all that one 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -55,6 +56,7 @@ class Scheduler:
         self.settlement = Settlement(self.kv, self.sequences, self.admission.quarantine)
         self._next_step = 0
         self._turn = 0
+        self._caught_up: bool | None = False  # the kind of the last step
         self._budget = 0
         self._num_prompt_tokens = 0
         self._last_step_tokens = 0
@@ -98,9 +100,10 @@ class Scheduler:
         plan = StepPlan(self._next_step)
         step = StepInFlight(plan)
         self._budget = self.config.max_num_batched_tokens
-        for party in self._parties():
-            self._fill(step, party)
+        for party, catch_up in itertools.product(self._parties(), self._kinds()):
+            self._fill(step, party, catch_up)
             if step.requests:
+                self._caught_up = catch_up
                 break
         plan.removed = self.sequences.take_removed_rows()
         plan.scrubs = self.kv.take_scrubs()
@@ -132,13 +135,19 @@ class Scheduler:
         order = order[first:] + order[:first]
         return ["", *order] if self._turn % 2 else [*order, ""]
 
-    def _fill(self, step: StepInFlight, party: str) -> None:
+    def _kinds(self) -> list[bool | None]:
+        """What the step may do, in order. One for all (None), unless the platform wants steps that
+        catch up (True: sequences start, or are several tokens behind) apart from those in which
+        running ones take their next token (False). Then they take turns where both are wanted."""
+        return [None] if self.config.mixed_batches else [not self._caught_up, self._caught_up]
+
+    def _fill(self, step: StepInFlight, party: str, catch_up: bool | None) -> None:
         num_preemptions = self.sequences.num_preemptions
-        self._advance_running(step, party)
-        if self.sequences.num_preemptions == num_preemptions:
+        self._advance_running(step, party, catch_up)
+        if catch_up is not False and self.sequences.num_preemptions == num_preemptions:
             self._admit_waiting(step, party)
 
-    def _advance_running(self, step: StepInFlight, party: str) -> None:
+    def _advance_running(self, step: StepInFlight, party: str, catch_up: bool | None) -> None:
         """Every running sequence of the party catches up, the first in order first. This is the
         hot loop: a decoding sequence with room in its last block takes the short way."""
         plan, scheduled = step.plan, step.requests
@@ -155,6 +164,8 @@ class Scheduler:
             end = known = len(request.tokens) + request.num_pending
             if known >= request.max_total or known == start:
                 continue  # its last token, or a decision of its controller, is on the way
+            if catch_up is not None and catch_up != (known - start > 1):
+                continue
             if known - start > 1:
                 end = start + self._chunk(request, known - start, budget)
                 if end == start:

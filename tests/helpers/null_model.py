@@ -103,6 +103,8 @@ class NullExecutor:
         for new in plan.added:  # what a row starts from was computed in an earlier step
             start = plan.starts[plan.rows.index(new.row)]
             self._check_content(self.rows[new.row], start, start)
+        if not self.config.mixed_batches:
+            self._check_kind(plan)
         self._write(flight)
         self._check_reads(plan)
         self._yield_tokens(flight)
@@ -148,6 +150,17 @@ class NullExecutor:
         tables = [list(table) for table in new.block_ids]
         histories = prefix_history(self.roots[new.sampling.seed], new.token_ids)
         return Row(new.sampling, list(new.token_ids), histories, tables)
+
+    def _check_kind(self, plan: StepPlan) -> None:
+        """Rows that catch up, or rows that take their next token: never both."""
+        started = {new.row for new in plan.added}
+        kinds = set()
+        for i, row in enumerate(plan.rows):
+            num_prompt = self.prompt_lengths[self.rows[row].sampling.seed]
+            decodes = row not in started and plan.counts[i] == 1 and plan.emits[i]
+            if plan.starts[i] >= num_prompt or not decodes:
+                kinds.add(decodes)
+        assert len(kinds) < 2, "prompts are computed in a step that decodes"
 
     # ---------------------------------------------------------------- the cache
 

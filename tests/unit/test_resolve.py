@@ -310,9 +310,11 @@ def test_step_limits(model: Callable[..., str], monkeypatch: pytest.MonkeyPatch)
         make(model(), max_num_batched_tokens=100, enable_chunked_prefill=False)
     whole = make(model(CONFIG | {"max_position_embeddings": 9000}), enable_chunked_prefill=False)
     assert whole.scheduler.max_num_batched_tokens == 9000
-    knobs = StrictKnobs(limits=StepLimits(max_tokens=512))
+    assert make(model()).scheduler.mixed_batches
+    knobs = StrictKnobs(limits=StepLimits(max_tokens=512, mixed_batches=False))
     use_platform(monkeypatch, StrictPlatform(knobs))
-    assert make(model()).scheduler.max_num_batched_tokens == 512
+    limited = make(model()).scheduler
+    assert (limited.max_num_batched_tokens, limited.mixed_batches) == (512, False)
 
 
 def test_run_ahead(model: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from helpers.null_model import NullEngine
 
@@ -134,3 +136,41 @@ def test_many_aborts_leave_no_trace_in_the_queue() -> None:
     assert engine.scheduler.num_waiting == 1
     engine.run()
     engine.check_drained()
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_steps_that_decode_are_kept_apart_where_the_platform_wants_it(
+    run_ahead: int, chunked: bool
+) -> None:
+    """The null executor checks every step; tokens are what they are in any schedule."""
+    draw = random.Random(run_ahead)
+    engine = NullEngine(
+        mixed_batches=False,
+        run_ahead=run_ahead,
+        enable_chunked_prefill=chunked,
+        num_blocks=12,  # few enough for preemptions
+    )
+    for i in range(40):
+        prompt = [draw.randrange(3) for _ in range(draw.randint(1, 16))]
+        engine.add(prompt, max_tokens=draw.randint(1, 24), n=draw.choice([1, 1, 2]))
+        if i % 10 == 0:
+            engine.add(prompt, beam=BeamSearchParams(beam_width=2, max_tokens=3))
+        for _ in range(draw.randint(0, 4)):
+            engine.step()
+    engine.run()
+    engine.check_results()
+    engine.check_drained()
+    assert engine.scheduler.stats().num_preemptions > 0
+
+
+def test_neither_kind_of_step_starves_the_other() -> None:
+    engine = NullEngine(mixed_batches=False, max_num_batched_tokens=4, num_blocks=100)
+    engine.add([1, 2], max_tokens=30, eos=False)
+    engine.step()
+    for _ in range(4):
+        engine.add([3] * 20, max_tokens=1)
+    kinds = [max(engine.step().counts) > 1 for _ in range(12)]
+    assert kinds == [False, True] * 6
+    engine.run()
+    engine.check_results()
