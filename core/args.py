@@ -9,6 +9,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import ConfigError
+
 DEFAULT_MODEL = "default"
 # Fields that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
 SIZE_FIELDS = ("max_model_len", "kv_cache_memory_bytes")
@@ -29,7 +31,7 @@ class EngineArgs:
     model: str = option(DEFAULT_MODEL, "Directory, hub id in the local cache, or `default`.")
     tokenizer: str | None = option(None, "Tokenizer directory or hub id (the model's own).")
     revision: str | None = option(None, "Hub revision of the model.")
-    trust_remote_code: bool = option(False, "Reserved; code from a model is never run today.")
+    trust_remote_code: bool = option(False, "Refused: code that comes with a model is never run.")
     dtype: str = option(
         "auto",
         "Weights and activations.",
@@ -85,9 +87,14 @@ class EngineArgs:
         "Seconds a step may take; then the engine, or a rank that does not finish it, counts as "
         "stuck and is ended. An engine inside its caller's process is not watched, its ranks are.",
     )
-    disable_log_stats: bool = option(False, "No periodic statistics in the log.")
 
     def __post_init__(self) -> None:
+        if self.trust_remote_code:
+            raise ConfigError(
+                "trust_remote_code: code that comes with a model is never run here. Leave it out: "
+                "the architectures that are served need none.",
+                param="trust_remote_code",
+            )
         for name in SIZE_FIELDS:
             if isinstance(getattr(self, name), int):
                 object.__setattr__(self, name, str(getattr(self, name)))
@@ -122,6 +129,7 @@ class ServerArgs:
     enable_prompt_tokens_details: bool = option(True, "Report cached tokens in usage.")
     log_format: str = option("text", "Log lines.", choices=("text", "json"))
     log_level: str = option("info", "Log level.", choices=("debug", "info", "warning", "error"))
+    disable_log_stats: bool = option(False, "No periodic statistics in the log.")
     max_stream_buffer: int = option(4_194_304, "Bytes a slow reader may lag before it is cut off.")
 
 

@@ -114,4 +114,3 @@ class EngineConfig:
     scheduler: SchedulerConfig
     parallel: ParallelConfig
     platform: PlatformChoice
-    disable_log_stats: bool = False

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from .errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
-TRUE_WORDS = ("1", "on", "true", "yes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +16,11 @@ class Environment:
     """What the environment says.
 
     `api_keys` (TRIMARAN_API_KEY): accepted API keys, separated by commas. `log_level`
-    (TRIMARAN_LOG_LEVEL). `hub_offline` (HF_HUB_OFFLINE): never ask a model hub. `hub_home`
-    (HF_HOME): where its cache is; None for the usual place.
+    (TRIMARAN_LOG_LEVEL). What begins with HF_ is the hub library's own business.
     """
 
     api_keys: tuple[str, ...] = ()
     log_level: str | None = None
-    hub_offline: bool = False
-    hub_home: str | None = None
 
 
 def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
@@ -38,8 +34,6 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         api_keys=tuple(key for key in keys if key),
         log_level=level,
-        hub_offline=values.get("HF_HUB_OFFLINE", "").strip().lower() in TRUE_WORDS,
-        hub_home=values.get("HF_HOME") or None,
     )
 
 

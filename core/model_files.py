@@ -85,6 +85,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_hf_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     """config.json with `overrides` merged over it (objects are merged key by key)."""
     config = _merge(read_json(path / "config.json"), overrides)
+    if code := code_of(config):
+        raise ModelLoadError(
+            f"{path / 'config.json'} wants code of its own to be run ({code}), and code that comes "
+            "with a model is never run here. If one of the architectures that are served describes "
+            "this model without it, take `auto_map` out, for instance with "
+            "--hf-overrides '{\"auto_map\": null}'."
+        )
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         raise ModelLoadError(
@@ -92,6 +99,15 @@ def read_hf_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
             'model. Add them, or pass --hf-overrides \'{"architectures": ["…"]}\'.'
         )
     return config
+
+
+def code_of(config: dict[str, Any]) -> str | None:
+    """What `auto_map`, here or in a nested object, would have run; None if there is none."""
+    found = config.get("auto_map")
+    if found:
+        return ", ".join(map(str, found.values())) if isinstance(found, dict) else str(found)
+    nested = (value for value in config.values() if isinstance(value, dict))
+    return next((code for value in nested if (code := code_of(value))), None)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

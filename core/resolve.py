@@ -142,7 +142,6 @@ class _Resolution:
             platform=PlatformChoice(
                 name=self._platform.name, device=args.device, num_threads=self._threads()
             ),
-            disable_log_stats=args.disable_log_stats,
         )
 
     # -- model ---------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ..core.engine.messages import EngineStats
-from ..core.errors import QueueFullError, TrimaranError
+from ..core.errors import QueueFullError
 from ..core.types import RequestMetrics
 from .router import EngineRouter, ServedModel
 
@@ -22,13 +22,6 @@ _ITL = (*_SHORT, 2.5, 5.0)
 _TTFT = (*_SHORT, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _LONG = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 480.0)
 _TOKENS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
-
-
-def _stats_of(model: ServedModel) -> EngineStats:
-    try:
-        return model.engine.stats() if model.ready else EngineStats()
-    except TrimaranError:  # a dead engine still has its name, and gauges of zero
-        return EngineStats()
 
 
 class EngineCollector(Collector):
@@ -56,7 +49,7 @@ class EngineCollector(Collector):
         self.dropped_lines: Callable[[], int] = lambda: 0
 
     def collect(self) -> Iterable[Metric]:
-        rows = [((model.name, str(model.index)), _stats_of(model)) for model in self.router]
+        rows = [((model.name, str(model.index)), model.stats()) for model in self.router]
         for name, help, read in self.GAUGES:
             gauge = GaugeMetricFamily(PREFIX + name, help, labels=LABELS)
             for labels, stats in rows:

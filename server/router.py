@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..core.args import EngineArgs
 from ..core.async_engine import AsyncEngine
+from ..core.engine.messages import EngineStats
 from ..core.errors import EngineDeadError, ModelNotFoundError
 from .errors import HTTPError
 
@@ -31,6 +32,10 @@ class ServedModel:
     @property
     def max_model_len(self) -> int:
         return self.engine.model.max_model_len
+
+    def stats(self) -> EngineStats:
+        """What the engine said last; zeros while it loads or is dead."""
+        return self.engine.stats() if self.ready else EngineStats()
 
     def mark_ready(self) -> None:
         """The engine has started: its model is known now."""

@@ -30,6 +30,7 @@ from .guards.hosts import is_loopback
 from .http_protocol import protocol_class
 from .listen import base_url
 from .router import EngineRouter, ServedModel
+from .stats_log import StatsLog
 from .supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -131,9 +132,12 @@ class Service:
         """Until the stop signal, or until engine or HTTP server cannot go on."""
         watch = asyncio.ensure_future(self.supervisor.run())
         stop = asyncio.ensure_future(self.stop.wait())
+        tasks = [watch, stop]
+        if not self.args.disable_log_stats:
+            tasks.append(asyncio.ensure_future(StatsLog(self.state.router).run()))
         await asyncio.wait({watch, stop, http}, return_when=asyncio.FIRST_COMPLETED)
-        watch.cancel()
-        stop.cancel()
+        for task in tasks:
+            task.cancel()
         if self.stop.is_set():
             await self._drain()
             return 0

@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 
 from ..errors import InvalidRequestError, ModelLoadError
+from ..model_files import code_of, read_json
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -70,6 +71,12 @@ class Tokenizer:
             **_read_json(directory / SPECIAL_MAP_FILE),
             **_read_json(directory / CONFIG_FILE),
         }
+        if code := code_of(config):
+            raise ModelLoadError(
+                f"{directory / CONFIG_FILE} wants code of its own to be run ({code}), and code "
+                f"that comes with a model is never run here. If its {TOKENIZER_FILE} does without, "
+                "take `auto_map` out; or set --tokenizer to another directory."
+            )
         file = directory / TOKENIZER_FILE
         backend = _from_file(file) if file.is_file() else _from_transformers(directory)
         return cls(backend, config, directory)
@@ -182,15 +189,7 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelLoadError(f"{path} must hold a JSON object, not {type(value).__name__}.")
-    return value
+    return read_json(path) if path.is_file() else {}
 
 
 def _from_file(path: Path) -> tokenizers.Tokenizer:

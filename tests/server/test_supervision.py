@@ -52,7 +52,7 @@ async def test_what_ends_the_server_is_logged(server, caplog):
         raise OSError("cannot listen")
 
     service = Service.__new__(Service)
-    service.state, service.stop = server.state, asyncio.Event()
+    service.args, service.state, service.stop = server.args, server.state, asyncio.Event()
     service.supervisor = SimpleNamespace(run=fail)
     http = asyncio.ensure_future(asyncio.sleep(60))
     with caplog.at_level(logging.ERROR):

@@ -15,10 +15,8 @@ def test_values_are_typed():
     values = {
         "TRIMARAN_API_KEY": "one, two,",
         "TRIMARAN_LOG_LEVEL": "Debug",
-        "HF_HUB_OFFLINE": "YES",
-        "HF_HOME": "/cache",
     }
-    assert read_environment(values) == Environment(("one", "two"), "debug", True, "/cache")
+    assert read_environment(values) == Environment(("one", "two"), "debug")
 
 
 def test_a_wrong_value_names_its_variable():

@@ -17,6 +17,7 @@ from trimaran.core.args import EngineArgs
 from trimaran.core.config import EngineConfig
 from trimaran.core.engine.wire import Launch, decode_launch, encode_line
 from trimaran.core.errors import ConfigError, KVMemoryError, ModelLoadError, PlatformError
+from trimaran.core.log_lines import LogStyle
 from trimaran.core.model_files import resolve_model_path
 from trimaran.core.resolve import resolve
 from trimaran.core.sizing import parse_size
@@ -114,6 +115,18 @@ def test_overrides_are_merged(model: Callable[..., str]) -> None:
     config = make(path, hf_overrides=over)
     assert config.model.max_model_len == 2048
     assert config.model.hf_config["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_that_brings_code_is_refused(model: Callable[..., str], nested: bool) -> None:
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    path = model(CONFIG | ({"text_config": code} if nested else code))
+    with pytest.raises(ModelLoadError, match=r"config\.json .*modeling_own\.Own.*never run"):
+        make(path)
+    none: dict[str, Any] = {"auto_map": None}
+    make(path, hf_overrides={"text_config": none} if nested else none)
+    with pytest.raises(ConfigError, match="never run"):
+        make(path, trust_remote_code=True)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "no-such-model"])
@@ -226,8 +239,8 @@ def test_sizes_may_be_numbers_and_cross_to_the_engine_process() -> None:
     assert args == EngineArgs(max_model_len="8192", kv_cache_memory_bytes="1073741824")
     assert EngineArgs().max_model_len is None
     assert EngineArgs(max_model_len="auto").max_model_len == "auto"
-    launch = Launch(args, 1, 2, "directory", "to", "from", 20)
-    assert decode_launch(encode_line(launch)).args == args
+    launch = Launch(args, 1, 2, "directory", "to", "from", LogStyle(20, json=True))
+    assert decode_launch(encode_line(launch)) == launch
 
 
 def test_context_length(model: Callable[..., str]) -> None:

@@ -25,6 +25,12 @@ def test_loads_a_directory_or_its_file(tmp_path):
         assert tokenizer.vocab_size == tokenizer.id_of("né tok") + 1
 
 
+def test_a_tokenizer_that_brings_code_is_refused(tmp_path):
+    save(byte_level(), tmp_path, auto_map={"AutoTokenizer": ["tokenization_own.Own", None]})
+    with pytest.raises(ModelLoadError, match=r"tokenizer_config\.json .*tokenization_own\.Own"):
+        Tokenizer.from_path(tmp_path)
+
+
 def test_transformers_is_not_imported(tmp_path):
     save(byte_level(), tmp_path)
     code = (

@@ -7,8 +7,8 @@ import pytest
 from trimaran.core.text.tool_calls import HermesParser
 
 CALLS = (
-    'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "Köln", "days": [1, 2.5]}}\n'
-    '</tool_call>\n<tool_call>{"name": "time", "parameters": {}}</tool_call> '
+    'Let me see. <tool_call>\n{"name": "weather", "arguments": {"city": "Köln", "days": [1, 2.5]}}'
+    '\n</tool_call>\n<tool_call>{"name": "time", "parameters": {}}</tool_call> '
 )
 
 
