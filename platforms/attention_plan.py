@@ -20,7 +20,7 @@ from .interface import AttentionBatch, AttentionSpec
 SCORES = 1 << 22  # most scores of one group, all heads: in fp32 they should stay in a cache
 PIECE_QUERIES = 64  # fewest queries a piece is cut to: each gathers its keys again
 WINDOW_QUERIES = 256  # most queries a piece under a window: their keys are few, so should they be
-FOLDED_ROWS = 64  # most queries a KV head that plain products serve best in every dtype
+FOLDED_ROWS = 64  # most queries a KV head that plain products serve best
 GROUP_BYTES = 8 << 20  # most gathered keys and values of one group: they should stay in a cache
 CALL_TOKENS = 64  # what one more group costs, in gathered tokens
 WASTE = 0.15  # padding worth one call less, as a share of the work
@@ -161,7 +161,7 @@ def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Gr
     mask = None
     if not causal:
         query_at = torch.minimum(row, stop - 1) - start + position
-        mask = _mask(spec, query_at, key_at, high, torch.float32 if folded else spec.dtype)
+        mask = _mask(spec, query_at, key_at, high)
     even = all(p.queries == queries for p in pieces)
     in_order = all(a.stop == b.start for a, b in pairwise(pieces))
     return Group(
@@ -187,17 +187,13 @@ def _slots(spec: AttentionSpec, tables: Tensor, sequence: Tensor, at: Tensor) ->
 
 
 def folds(spec: AttentionSpec, queries: int) -> bool:
-    """Does a group with so many queries go by two plain products, not by the fused call? In
-    bfloat16 oneDNN's products win at every size; elsewhere for few queries. A softcap the fused
-    call cannot do; without one, float16 may not hold the products."""
+    """Does a group with so many queries go by two plain products, not by the fused call? Those
+    are quicker for few queries, and the fused call cannot do a softcap."""
     few = queries * (spec.num_heads // spec.num_kv_heads) <= FOLDED_ROWS
-    fast = spec.dtype == torch.bfloat16 or (few and spec.dtype != torch.float16)
-    return bool(spec.softcap) or fast
+    return bool(spec.softcap) or few
 
 
-def _mask(
-    spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor, dtype: torch.dtype
-) -> Tensor | None:
+def _mask(spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor) -> Tensor | None:
     """query_at `[batch, queries]`, key_at `[batch, keys]`, high `[batch, 1]` -> the mask, or None
     if every query sees every key."""
     seen = (key_at < high).unsqueeze(1)
@@ -208,5 +204,5 @@ def _mask(
             seen &= distance < spec.sliding_window
     if bool(seen.all()):
         return None
-    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    mask = torch.zeros(seen.shape, device=seen.device)
     return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)

@@ -1,4 +1,8 @@
-"""Paged attention by padded torch calls: gather, one fused attention call, scatter, per group."""
+"""Paged attention by padded torch calls: gather, one fused attention call, scatter, per group.
+
+It computes in fp32, whatever the model's dtype: not every processor multiplies 16-bit numbers, and
+where one does, oneDNN would compile and keep code for each combination of sizes that it meets.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +54,7 @@ class TorchPagedAttention(AttentionImpl):
         groups = metadata.groups
         if len(groups) == 1 and groups[0].rows is None:
             key, value = _gather(kv, spec, groups[0], metadata)
-            return _attend(query, key, value, spec, groups[0]).flatten(0, 1)
+            return _attend(query, key, value, spec, groups[0]).flatten(0, 1).to(query.dtype)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         for group in groups:
             key, value = _gather(kv, spec, group, metadata)
@@ -64,12 +68,12 @@ class TorchPagedAttention(AttentionImpl):
             if group.valid is not None:
                 found = found.index_select(0, group.valid)
                 target = target.index_select(0, group.valid)
-            output.index_copy_(0, target, found)
+            output.index_copy_(0, target, found.to(output.dtype))
         return output
 
 
 def _gather(kv: LayerKV, spec: AttentionSpec, group: Group, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Keys and values, each `[batch * kv_heads, keys, head_dim]`, in the queries' dtype."""
+    """Keys and values, each fp32 `[batch * kv_heads, keys, head_dim]`."""
     shape = (group.batch * spec.num_kv_heads, group.keys, spec.head_dim)
     key, value = (
         torch.index_select(
@@ -77,12 +81,12 @@ def _gather(kv: LayerKV, spec: AttentionSpec, group: Group, plan: Plan) -> tuple
         ).view(shape)
         for cache, scratch in zip(kv.tensors, plan.scratch, strict=True)
     )
-    return key.to(spec.dtype), value.to(spec.dtype)
+    return key.float(), value.float()
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group) -> Tensor:
-    """query `[batch * queries, heads, head_dim]` -> `[batch, queries, heads, head_dim]`."""
-    query = query.reshape(group.batch, group.queries, spec.num_heads, spec.head_dim)
+    """query `[batch * queries, heads, head_dim]` -> fp32 `[batch, queries, heads, head_dim]`."""
+    query = query.float().view(group.batch, group.queries, spec.num_heads, spec.head_dim)
     return (_by_products if group.folded else _by_fused_call)(query, key, value, spec, group)
 
 
@@ -104,17 +108,15 @@ def _by_fused_call(
 def _by_products(
     query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group
 ) -> Tensor:
-    """Scores are rounded to the model's dtype, as eager attention in `transformers` rounds them;
-    all else is fp32."""
     batch, queries, kv_heads = group.batch, group.queries, spec.num_kv_heads
     heads = spec.num_heads // kv_heads
     by_head = (batch, queries, kv_heads, heads, spec.head_dim)
     folded = query.view(by_head).permute(0, 2, 3, 1, 4).reshape(len(key), -1, spec.head_dim)
-    scores = torch.bmm(folded, key.transpose(1, 2)).float().mul_(spec.scale)
+    scores = torch.bmm(folded, key.transpose(1, 2)).mul_(spec.scale)
     if spec.softcap:
         scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
     if group.mask is not None:
         scores.view(batch, kv_heads * heads, queries, group.keys).add_(group.mask)
-    found = torch.bmm(scores.softmax(dim=-1).to(value.dtype), value)
+    found = torch.bmm(scores.softmax(dim=-1), value)
     found = found.view(batch, kv_heads, heads, queries, spec.head_dim).permute(0, 3, 1, 2, 4)
     return found.reshape(query.shape)
