@@ -21,7 +21,6 @@ from .errors import (
     EngineDeadError,
     InvalidRequestError,
     QueueFullError,
-    ShuttingDownError,
 )
 from .outputs import OutputProcessor, Processed
 from .sampling_params import BeamSearchParams, SamplingParams
@@ -65,9 +64,6 @@ class AsyncEngine:
         self._streams: dict[str, RequestStream] = {}
         self._beams: dict[str, Mailbox[BeamSearchOutput]] = {}
         self._stats = EngineStats()
-        self._draining = False
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @classmethod
     def from_args(
@@ -98,18 +94,8 @@ class AsyncEngine:
         self._link = self._link.fresh()
         await self.start()
 
-    async def drain(self, timeout: float) -> bool:
-        """Refuse new requests (`ShuttingDownError`) and wait; True if all finished in time."""
-        self._draining = True
-        try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
-        except TimeoutError:
-            return False
-        return True
-
     async def close(self) -> None:
         """End the engine; open streams raise `EngineDeadError`. May be called again."""
-        self._draining = True
         await self._link.close()
         self._fail_all(EngineDeadError("the engine was closed"))
         for pool in (self._pool, self._renderers):
@@ -133,7 +119,7 @@ class AsyncEngine:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests that are open (for draining, `/load`)."""
+        """Requests that are open."""
         return len(self._streams) + len(self._beams)
 
     def health(self) -> None:
@@ -277,20 +263,18 @@ class AsyncEngine:
         params: SamplingParams,
         options: dict[str, Any],
     ) -> EngineRequest:
-        self._admit(request_id, params.n)
+        self._admit(request_id)
         name = request_id or uuid.uuid4().hex
         intake = self._ready()
         request = await self._off_loop(
             functools.partial(intake.prepare, prompt, params, name, **options)
         )
-        self._admit(request_id, params.n)  # again: other requests came in the meantime
+        self._admit(request_id)  # again: other requests came in the meantime
         return request
 
-    def _admit(self, request_id: str | None, n: int) -> None:
+    def _admit(self, request_id: str | None) -> None:
         """What can be refused without asking the engine; the scheduler has the last word."""
         self._link.check()
-        if self._draining:
-            raise ShuttingDownError("the server is shutting down; try another one.")
         if request_id is not None and (request_id in self._streams or request_id in self._beams):
             raise InvalidRequestError(
                 f"request_id {request_id!r:.100} is in use by an unfinished request.",
@@ -308,7 +292,6 @@ class AsyncEngine:
     def _open(self, request: EngineRequest, table: dict[str, Any], reader: object) -> None:
         assert self._processor is not None
         table[request.request_id] = reader
-        self._idle.clear()
         self._processor.add(request, time.monotonic())
         try:
             self._link.send(AddRequests([request]))
@@ -326,8 +309,6 @@ class AsyncEngine:
         known = self._streams.pop(request_id, None) or self._beams.pop(request_id, None)
         if self._processor is not None:
             self._processor.discard(request_id)
-        if not (self._streams or self._beams):
-            self._idle.set()
         return known is not None
 
     def _step(self, message: StepMessage) -> Callable[[], None]:

@@ -87,14 +87,6 @@ class EngineDeadError(TrimaranError):
     code = "engine_dead"
 
 
-class ShuttingDownError(TrimaranError):
-    """The server drains and takes no new requests."""
-
-    status = 503
-    type = "service_unavailable"
-    code = "shutting_down"
-
-
 class StepError(TrimaranError):
     """The forward of one step failed; the requests of that batch end with `error`."""
 

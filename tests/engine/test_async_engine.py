@@ -18,7 +18,6 @@ from trimaran.core.errors import (
     InvalidRequestError,
     ModelLoadError,
     QueueFullError,
-    ShuttingDownError,
     StepError,
 )
 from trimaran.core.sampling_params import BeamSearchParams, SamplingParams
@@ -277,17 +276,6 @@ async def test_a_dead_engine_is_told_to_everyone_then_restarted(make):
         engine.health()
 
 
-async def test_draining_refuses_and_waits(make):
-    async with make(slowed()) as engine:
-        stream = await engine.submit([5], SamplingParams(max_tokens=20, ignore_eos=True))
-        assert not await engine.drain(0.01)
-        with pytest.raises(ShuttingDownError):
-            await engine.submit([5])
-        reader = asyncio.create_task(collect(stream))
-        assert await engine.drain(10)
-        assert (await reader)[-1].finished
-
-
 async def test_closing_ends_open_streams(make):
     engine = make(slowed())
     with pytest.raises(EngineDeadError, match="not been started"):
@@ -297,6 +285,8 @@ async def test_closing_ends_open_streams(make):
     await engine.close()
     with pytest.raises(EngineDeadError, match="closed"):
         await collect(stream)
+    with pytest.raises(EngineDeadError):
+        await engine.submit([5])
     await engine.close()
 
 
