@@ -142,17 +142,20 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
     server = Server(engine, engine_args)
     totals: dict[str, int] = {}
     samples = []
+    rounds = max(1, round(args.minutes * 60 / args.round))
     try:
-        await load(server, args, args.warm_up, seed=0)
-        baseline = await books(server)
-        rounds = max(1, round(args.minutes * 60 / args.round))
+        # The bar's own thread must be there when the baseline is read.
         with Progress(console=console) as progress:
-            for number in progress.track(range(1, rounds + 1), description="soak"):
+            task = progress.add_task("soak", total=rounds)
+            await load(server, args, args.warm_up, seed=0)
+            baseline = await books(server)
+            for number in range(1, rounds + 1):
                 counts = await load(server, args, args.round, seed=number)
                 totals = {key: totals.get(key, 0) + counts.get(key, 0) for key in totals | counts}
                 samples.append(await books(server))
                 found = faults(baseline, samples[-1], {})
                 progress.console.print(number, counts, "; ".join(found) or "at the baseline")
+                progress.advance(task)
     finally:
         await server.close()
     return {
