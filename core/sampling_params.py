@@ -120,8 +120,9 @@ class BeamSearchParams:
     """Beam search: keep the `beam_width` best sequences by
     cumulative log-probability / length ** length_penalty (as `transformers` scores them).
 
-    `include_stop_str_in_output`: the text keeps the end-of-sequence token, where that has a text
-    (the token ids have it always).
+    `temperature` above 0 divides the logits before their log-probabilities are taken; no token is
+    drawn. `include_stop_str_in_output`: the text keeps the end-of-sequence token, where that has a
+    text (the token ids have it always).
     """
 
     beam_width: int

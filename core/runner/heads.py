@@ -136,12 +136,15 @@ class BeamHead(OutputHead):
         self._device = device
         self._vocab = vocab
         self._counts = np.zeros(num_rows, dtype=np.int64)
+        self._temperatures = np.ones(num_rows, dtype=np.float32)
 
     def add(self, new: NewRow) -> list[Work]:
         sampling = new.sampling
         if sampling.beam_width:
             asked = sampling.logprobs or 2 * sampling.beam_width
             self._counts[new.row] = resolve_count(asked, self._vocab)
+            # Nothing is drawn: 0 leaves the distribution as the model gives it.
+            self._temperatures[new.row] = sampling.temperature or 1.0
         return []
 
     def remove(self, row: int) -> None:
@@ -151,23 +154,34 @@ class BeamHead(OutputHead):
         indices = (step.emits & (self._counts[step.rows] > 0)).nonzero()[0]
         if not len(indices):
             return None
-        counts = self._counts[step.rows[indices]].tolist()
+        rows = step.rows[indices]
         places = self._device.to_device(torch.from_numpy(step.ends[indices] - 1))
-        return _StagedBeams(self._device, indices.tolist(), counts, places)
+        temperatures = self._device.to_device(torch.from_numpy(self._temperatures[rows]))
+        counts = self._counts[rows].tolist()
+        return _StagedBeams(self._device, indices.tolist(), counts, places, temperatures)
 
 
 class _StagedBeams:
+    """`places` int64 and `temperatures` fp32, both `[beams]`."""
+
     def __init__(
-        self, device: Device, indices: list[int], counts: list[int], places: Tensor
+        self,
+        device: Device,
+        indices: list[int],
+        counts: list[int],
+        places: Tensor,
+        temperatures: Tensor,
     ) -> None:
         self._device = device
         self._indices = indices
         self._counts = counts
         self._places = places
+        self._temperatures = temperatures
         self._found: tuple[Tensor, Tensor] | None = None
 
     def run(self, logits_of: LogitsOf) -> None:
-        values, ids = logits_of(self._places).log_softmax(-1).topk(max(self._counts), dim=-1)
+        logits = logits_of(self._places) / self._temperatures.unsqueeze(1)
+        values, ids = logits.log_softmax(-1).topk(max(self._counts), dim=-1)
         self._found = self._device.to_host(values), self._device.to_host(ids)
 
     def collect(self, output: StepOutput) -> None:

@@ -115,6 +115,22 @@ def test_beams_best_first(llm):
         assert all(len(beam.token_ids) == 5 for beam in result.sequences)
 
 
+def test_a_search_scores_by_its_temperature(llm):
+    """Dividing the logits divides the distances between log-probabilities."""
+
+    def distances(temperature):
+        params = BeamSearchParams(
+            beam_width=3, max_tokens=1, temperature=temperature, ignore_eos=True
+        )
+        beams = llm.beam_search([[5, 6, 7]], params)[0].sequences
+        return [beams[0].score - beam.score for beam in beams[1:]]
+
+    plain = distances(1.0)
+    assert plain[1] > 0
+    assert distances(0.0) == pytest.approx(plain, abs=1e-5)
+    assert distances(4.0) == pytest.approx([gap / 4 for gap in plain], abs=1e-5)
+
+
 @pytest.mark.parametrize("how", ["fail", "abort"])
 def test_a_search_without_a_result_raises_and_frees_all(fake, how):
     def end(number, plan):
