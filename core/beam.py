@@ -163,7 +163,7 @@ class BeamSearch:
     def _finish(self) -> BeamOutput:
         found = self._hypotheses
         children, self._children = self._children, []
-        self._sequences.num_tokens_ended += sum(len(hypothesis.tokens) for hypothesis in found)
+        self._sequences.num_tokens_generated += sum(len(hypothesis.tokens) for hypothesis in found)
         for child in children:
             self._sequences.end(child, FinishReason.STOP)
         return BeamOutput(

@@ -363,7 +363,7 @@ class Scheduler:
             prefix_queries=self.kv.prefix_queries,
             prefix_hits=self.kv.prefix_hits,
             prompt_tokens=self._num_prompt_tokens,
-            generation_tokens=self.sequences.num_tokens_ended,
+            generation_tokens=self.sequences.num_tokens_generated,
             last_step_tokens=self._last_step_tokens,
             num_quarantined=self.admission.quarantine.num_quarantined,
         )

@@ -57,9 +57,8 @@ class Sequences:
         self.updated_step = -1
         self.num_blocked = 0
         self.num_preemptions = 0
-        # Generated tokens of the sequences that have ended. Counted then, because a stop string may
-        # still cut off what a running one has, and a counter never steps back.
-        self.num_tokens_ended = 0
+        # What a stop string cuts off later stays counted: a counter never steps back.
+        self.num_tokens_generated = 0
         self._free_rows = list(range(max_num_seqs))
         self._removed_rows: list[int] = []
 
@@ -164,8 +163,6 @@ class Sequences:
         self._leave_row(request)
         request.move_to(Status.FINISHED)
         request.finish_reason = reason
-        if request.origin.beam is None:  # a search yields what it found, not its beams
-            self.num_tokens_ended += request.num_generated
         self.drop_blocks(request)
         children = self.by_id[request.request_id]
         children.remove(request)

@@ -113,6 +113,7 @@ class Settlement:
         elif kept < len(tokens):
             tokens = tokens[:kept]
             logprobs = logprobs and logprobs[:kept]
+        self._sequences.num_tokens_generated += kept
         final = self._emit(request, tokens, logprobs, prompt_logprobs)
         if reason is not None:
             final.finish_reason, final.stop_reason = reason, request.stop_reason

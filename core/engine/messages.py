@@ -96,7 +96,7 @@ class RejectedRequest:
 @dataclass(slots=True)
 class EngineStats:
     """Gauges now, counters since start. `kv_*` are blocks over all cache groups;
-    `generation_tokens` are those of the sequences that have ended, what was cut off not counted.
+    `generation_tokens` are those that rows yielded, what a stop string cut off later included.
     """
 
     step_id: int = 0

@@ -274,7 +274,7 @@ def test_every_message_carries_statistics(tmp_path):
     seen = []
     loop.add(request("a", max_tokens=3))
     loop.run(lambda message: seen.append(message.stats))
-    assert [stats.step_id for stats in seen][:3] == [1, 2, 3]
+    assert [stats.generation_tokens for stats in seen][:3] == [1, 2, 3]
     assert (seen[-1].num_running, seen[-1].generation_tokens) == (0, 3)
     assert FinishReason.LENGTH in [FinishReason(end[0]) for end in loop.ends.values()]
 
