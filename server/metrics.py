@@ -41,7 +41,11 @@ class EngineCollector(Collector):
         ("num_preemptions", "Sequences set back to waiting.", lambda s: s.num_preemptions),
         ("prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prefix_queries),
         ("prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_hits),
-        ("num_quarantined", "Requests refused because steps failed with them.", lambda s: s.num_quarantined),
+        (
+            "num_quarantined",
+            "Requests refused: steps failed with them.",
+            lambda s: s.num_quarantined,
+        ),
     )
 
     def __init__(self, router: EngineRouter) -> None:
