@@ -51,7 +51,7 @@ class Quarantine:
 
     def check(self, origin: EngineRequest) -> None:
         """Raises `StepError` for a prompt that is known to fail."""
-        record = self._records and self._records.get(_content(origin))
+        record = self._find(origin)
         if record and record.refused_until > self._clock():
             raise StepError(
                 f"request {origin.request_id!r} is quarantined for "
@@ -64,7 +64,7 @@ class Quarantine:
         """Set a suspect's sequences apart from others. No more than they need: with one failure
         until their first token, since nearly all that can be wrong with a request shows by then.
         """
-        record = self._records and self._records.get(_content(children[0].origin))
+        record = self._find(children[0].origin)
         if record:
             for child in children:
                 child.party = child.request_id
@@ -85,6 +85,9 @@ class Quarantine:
     def served(self, request: Request) -> None:
         if request.alone_until:
             self._records.pop(_content(request.origin), None)
+
+    def _find(self, origin: EngineRequest) -> _Record | None:
+        return None if self.empty else self._records.get(_content(origin))
 
 
 def _content(origin: EngineRequest) -> bytes:

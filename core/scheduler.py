@@ -100,8 +100,11 @@ class Scheduler:
         plan = StepPlan(self._next_step)
         step = StepInFlight(plan)
         self._budget = self.config.max_num_batched_tokens
+        num_preemptions = self.sequences.num_preemptions
         for party, catch_up in itertools.product(self._parties(), self._kinds()):
-            self._fill(step, party, catch_up)
+            self._advance_running(step, party, catch_up)
+            if catch_up is not False and self.sequences.num_preemptions == num_preemptions:
+                self._admit_waiting(step, party)
             if step.requests:
                 self._caught_up = catch_up
                 break
@@ -119,13 +122,14 @@ class Scheduler:
         Nearly always there is one party, everybody. With suspects every other step is offered to
         one of them first, in turn, so that they hold up neither the others nor one another.
         """
-        if self.admission.quarantine.empty:
+        if not self.sequences.suspects:
             return [""]
         head = self.sequences.queue.peek()
         suspects: dict[str, None] = {}
         for request in [*self.sequences.running, *([head] if head else [])]:
             if request.party and len(request.tokens) > request.alone_until:
                 request.party = ""  # it got past the place where it is suspected
+                self.sequences.suspects.discard(request)
             elif request.party:
                 suspects[request.party] = None
         if not suspects:
@@ -140,12 +144,6 @@ class Scheduler:
         catch up (True: sequences start, or are several tokens behind) apart from those in which
         running ones take their next token (False). Then they take turns where both are wanted."""
         return [None] if self.config.mixed_batches else [not self._caught_up, self._caught_up]
-
-    def _fill(self, step: StepInFlight, party: str, catch_up: bool | None) -> None:
-        num_preemptions = self.sequences.num_preemptions
-        self._advance_running(step, party, catch_up)
-        if catch_up is not False and self.sequences.num_preemptions == num_preemptions:
-            self._admit_waiting(step, party)
 
     def _advance_running(self, step: StepInFlight, party: str, catch_up: bool | None) -> None:
         """Every running sequence of the party catches up, the first in order first. This is the

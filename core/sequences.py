@@ -52,6 +52,7 @@ class Sequences:
         self.running: list[Request] = []
         self.holders: dict[Request, None] = {}
         self.by_id: dict[str, list[Request]] = {}
+        self.suspects: set[Request] = set()  # those whose party is their own (see `Quarantine`)
         self.in_flight: deque[StepInFlight] = deque()
         # The last step whose output was taken. What a later step uses must outlive that step.
         self.updated_step = -1
@@ -67,7 +68,11 @@ class Sequences:
     def add(self, children: list[Request]) -> None:
         """A new request: its first child queues, the others wait for it (see `core.fork`)."""
         self.by_id[children[0].request_id] = children
+        self.note_suspects(children)
         self.queue.push_new(children[0])
+
+    def note_suspects(self, children: list[Request]) -> None:
+        self.suspects.update(child for child in children if child.party)
 
     def wake(self, request: Request) -> None:
         """A blocked sequence may run again."""
@@ -164,6 +169,7 @@ class Sequences:
         request.move_to(Status.FINISHED)
         request.finish_reason = reason
         self.drop_blocks(request)
+        self.suspects.discard(request)
         children = self.by_id[request.request_id]
         children.remove(request)
         if not children:

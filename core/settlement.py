@@ -167,6 +167,7 @@ class Settlement:
                 self.end_request(request.request_id, FinishReason.ERROR, error)
         for children in self._sequences.by_id.values():
             self._quarantine.watch(children)
+            self._sequences.note_suspects(children)
 
     def end_request(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
         for child in self._sequences.by_id.get(request_id, [])[:]:

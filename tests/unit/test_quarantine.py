@@ -139,6 +139,33 @@ def test_quarantine_ends() -> None:
     assert engine.scheduler.admission.quarantine.empty, "served: nothing is held against it"
 
 
+@RUN_AHEAD
+@pytest.mark.parametrize("num_failures", [1, 2])
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_that_is_cleared_leaves_no_other_behind(
+    run_ahead: int, num_failures: int, n: int
+) -> None:
+    """Copies of a prompt, or its samples: the first to be served clears it, the rest go on."""
+    engine = NullEngine(run_ahead=run_ahead, max_num_seqs=4)
+    for num_steps in (0, 6)[:num_failures]:
+        for prompt in ([1, 2], [3, 4]):
+            engine.add(prompt, eos=False)
+        for _ in range(num_steps):
+            engine.step()
+        engine.executor.fail_step = True
+        engine.run()
+    engine.add([3, 4])
+    engine.run()  # now only the copies are suspects
+    copies = [engine.add([1, 2], max_tokens=length, n=n) for length in (1, 9, 9, 9, 9)]
+    other = engine.add([7, 8], eos=False, max_tokens=5)
+    engine.run()
+    for request in [*copies, other]:
+        assert engine.results[request, 0].finish_reason in (FinishReason.LENGTH, FinishReason.STOP)
+    engine.check_results()
+    engine.check_drained()
+    assert not engine.scheduler.sequences.suspects
+
+
 @pytest.mark.parametrize("how", ["finish", "beam"])
 def test_an_end_by_other_ways_clears_too(how: str) -> None:
     engine = NullEngine()
