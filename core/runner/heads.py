@@ -28,6 +28,9 @@ LogitsOf = Callable[[Tensor], Tensor]
 SLICE_ELEMENTS = 1 << 24
 """Logits of prompt positions computed at once, at most (64 MiB)."""
 
+COLDEST = 1e-30
+"""Lowest temperature of a beam search: fp32 logits divided by it are still finite."""
+
 
 class StagedHead(Protocol):
     """One step's share of a head."""
@@ -144,7 +147,7 @@ class BeamHead(OutputHead):
             asked = sampling.logprobs or 2 * sampling.beam_width
             self._counts[new.row] = resolve_count(asked, self._vocab)
             # Nothing is drawn: 0 leaves the distribution as the model gives it.
-            self._temperatures[new.row] = sampling.temperature or 1.0
+            self._temperatures[new.row] = max(sampling.temperature or 1.0, COLDEST)
         return []
 
     def remove(self, row: int) -> None:

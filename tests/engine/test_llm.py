@@ -128,6 +128,7 @@ def test_a_search_scores_by_its_temperature(llm):
     plain = distances(1.0)
     assert plain[1] > 0
     assert distances(0.0) == pytest.approx(plain, abs=1e-5)
+    assert all(gap > 1e20 for gap in distances(1e-50)), "next to 0 in fp32, and still finite"
     assert distances(4.0) == pytest.approx([gap / 4 for gap in plain], abs=1e-5)
 
 
