@@ -14,6 +14,14 @@ from .errors import ConfigError
 DEFAULT_MODEL = "default"
 # Fields that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
 SIZE_FIELDS = ("max_model_len", "kv_cache_memory_bytes")
+# Limits of the server that would refuse everything.
+ABOVE_ZERO = (
+    "max_body_bytes",
+    "max_header_bytes",
+    "receive_timeout",
+    "max_connections",
+    "max_stream_buffer",
+)
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -131,6 +139,13 @@ class ServerArgs:
     log_level: str = option("info", "Log level.", choices=("debug", "info", "warning", "error"))
     disable_log_stats: bool = option(False, "No periodic statistics in the log.")
     max_stream_buffer: int = option(4_194_304, "Bytes a slow reader may lag before it is cut off.")
+
+    def __post_init__(self) -> None:
+        for name in ABOVE_ZERO:
+            if not getattr(self, name) > 0:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}; it must be above 0.", param=name
+                )
 
 
 def flag_fields(args_class: type) -> list[dataclasses.Field[Any]]:

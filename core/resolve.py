@@ -108,7 +108,7 @@ _POSITIVE = (
 def _check_positive(args: EngineArgs) -> None:
     for name in _POSITIVE:
         value = getattr(args, name)
-        if value is not None and value < 1:
+        if value is not None and not value >= 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)
 
 

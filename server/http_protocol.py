@@ -181,7 +181,8 @@ def protocol_class(args: ServerArgs) -> Callable[..., GuardedProtocol]:
     """The protocol with this server's limits. Fewer connections than `max_connections` are let in
     where the process may not open so many files."""
     files = open_files_limit(round(args.max_connections * (1 + SURPLUS_SHARE)) + OTHER_FILES)
-    room = int((files - OTHER_FILES) / (1 + SURPLUS_SHARE))
+    # Under a very low limit half of it is for connections: to refuse all would be no help.
+    room = int(max(files - OTHER_FILES, files / 2) / (1 + SURPLUS_SHARE))
     if room < args.max_connections:
         logger.warning(
             "at most %d connections, not %d: the limit on open files (ulimit -n) is %d",
@@ -194,9 +195,9 @@ def protocol_class(args: ServerArgs) -> Callable[..., GuardedProtocol]:
 def open_files_limit(wanted: int) -> int:
     """How many files this process may open, after raising the limit towards `wanted`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY in (soft, hard):
+    if soft == resource.RLIM_INFINITY:
         return wanted
     if soft < wanted:
-        soft = min(wanted, hard)
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return soft

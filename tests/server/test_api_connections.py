@@ -12,6 +12,7 @@ import pytest
 from conftest import eventually
 
 from trimaran.core.args import ServerArgs
+from trimaran.core.errors import ConfigError
 from trimaran.server import http_protocol
 from trimaran.server.http_protocol import open_files_limit, protocol_class
 
@@ -126,8 +127,34 @@ async def test_connections_beyond_the_limit(serve, monkeypatch):
             assert (await client.get("/v1/models")).status_code == 200
 
 
-def test_no_more_connections_than_files(caplog):
+@pytest.mark.parametrize(
+    ("soft", "hard", "room", "raised"),
+    [
+        (100_000, 100_000, 1_000, None),
+        (1_024, resource.RLIM_INFINITY, 1_000, 1_762),
+        (1_024, 1_137, 500, 1_137),
+        (256, 256, 102, 256),  # less than what is kept for other files
+        (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 1_000, None),
+    ],
+)
+def test_connections_for_which_there_are_files(monkeypatch, soft, hard, room, raised):
+    set_limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: set_limits.append(limits))
+    assert protocol_class(ServerArgs(max_connections=1_000)).max_connections == room
+    assert set_limits == ([(raised, hard)] if raised else [])
+
+
+@pytest.mark.parametrize("name", ["max_connections", "receive_timeout", "max_header_bytes"])
+@pytest.mark.parametrize("value", [0, -1, float("nan")])
+def test_limits_that_refuse_everything_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"{name} is {value}"):
+        ServerArgs(**{name: value})
+
+
+def test_no_more_connections_than_files(caplog, request):
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard)))
     assert protocol_class(ServerArgs(max_connections=100)).max_connections == 100
     assert protocol_class(ServerArgs(max_connections=10**9)).max_connections < hard
     assert "ulimit -n" in caplog.text
