@@ -33,6 +33,7 @@ class RenderPool:
         self._slots = threading.BoundedSemaphore(MAX_PROCESSES)
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
+        self._closed = False
 
     def warm(self) -> None:
         """Start a process for the first job to find; does not wait for it."""
@@ -60,7 +61,9 @@ class RenderPool:
         return str(answer["text"])
 
     def close(self) -> None:
+        """End the idle processes; those at work end with their jobs."""
         with self._lock:
+            self._closed = True
             idle, self._idle = self._idle, []
         for worker in idle:
             _end(worker.process)
@@ -85,11 +88,12 @@ class RenderPool:
             line = process.stdout.readline()
         finally:
             killer.cancel()
-            if line.endswith(b"\n"):
-                worker.limit = self._time_limit + 0.5  # the alarm in the process comes first
-                with self._lock:
+            worker.limit = self._time_limit + 0.5  # the alarm in the process comes first
+            with self._lock:
+                reused = line.endswith(b"\n") and not self._closed
+                if reused:
                     self._idle.append(worker)
-            else:
+            if not reused:
                 _end(process)
         return json.loads(line) if line.endswith(b"\n") else None
 

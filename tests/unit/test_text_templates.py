@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -81,6 +82,20 @@ def test_the_processes_end_with_the_pool():
     pool.render("x", {})
     (worker,) = pool._idle
     pool.close()
+    assert worker.process.poll() is not None
+
+
+def test_a_process_at_work_ends_with_its_job_when_the_pool_is_closed():
+    pool = RenderPool()
+    pool.render("x", {})
+    (worker,) = pool._idle
+    busy = "{% for i in range(1000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}done"
+    with ThreadPoolExecutor(1) as threads:
+        job = threads.submit(pool.render, busy, {})
+        while pool._idle:
+            time.sleep(0.001)
+        pool.close()
+        assert job.result() == "done"
     assert worker.process.poll() is not None
 
 
