@@ -43,7 +43,7 @@ class EngineCollector(Collector):
         ("prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_hits),
         (
             "num_quarantined",
-            "Requests refused: steps failed with them.",
+            "Prompts refused for a while: they failed a step of their own.",
             lambda s: s.num_quarantined,
         ),
     )
