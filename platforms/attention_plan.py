@@ -21,7 +21,7 @@ SCORES = 1 << 22  # most scores of one group, all heads: in fp32 they should sta
 PIECE_QUERIES = 64  # fewest queries a piece is cut to: each gathers its keys again
 WINDOW_QUERIES = 256  # most queries a piece under a window: their keys are few, so should they be
 FOLDED_ROWS = 64  # most queries a KV head that plain products serve best
-GROUP_BYTES = 8 << 20  # most gathered keys and values of one group: they should stay in a cache
+GROUP_BYTES = 8 << 20  # most keys and values of one group, in fp32: they should stay in a cache
 CALL_TOKENS = 64  # what one more group costs, in gathered tokens
 WASTE = 0.15  # padding worth one call less, as a share of the work
 
@@ -119,7 +119,7 @@ def _piece(spec: AttentionSpec, whole: Piece, start: int, stop: int) -> Piece:
 def bundle(spec: AttentionSpec, pieces: list[Piece]) -> list[list[Piece]]:
     """Pieces to pad together. One bundle in the given order if that wastes little; otherwise by
     falling size, greedily."""
-    limit = GROUP_BYTES // (2 * spec.num_kv_heads * spec.head_dim * spec.kv_dtype.itemsize)
+    limit = GROUP_BYTES // (2 * spec.num_kv_heads * spec.head_dim * torch.float32.itemsize)
     straight = list(_greedy(pieces, spec, limit))
     if len(straight) <= 1:
         return straight

@@ -49,8 +49,8 @@ def _onednn_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def few_sizes(rows: int) -> int:
-    """`rows` rounded up, to fewer than 40 counts for up to 2,048: oneDNN compiles and keeps code
-    for every count it meets, some hundred kilobytes each."""
+    """`rows` rounded up, to 37 counts up to 2,048 and to multiples of 256 beyond: oneDNN compiles
+    and keeps code for every count it meets, some hundred kilobytes each."""
     for step, limit in ((1, 8), (8, 64), (32, 256), (64, 1024)):
         if rows <= limit:
             return -(-rows // step) * step
