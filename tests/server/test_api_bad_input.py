@@ -73,7 +73,7 @@ async def test_bad_json(server, path, body):
     start = time.perf_counter()
     response = await server.client.post(path, content=body, headers=JSON)
     error_of(response, 400, "invalid_json")
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 20  # about a second on a quiet machine
     await still_serves(server)
 
 
@@ -120,7 +120,7 @@ async def test_prompt_longer_than_the_context(server):
     error_of(await server.complete(prompt=[1] * 510, max_tokens=3), 400, "context_length_exceeded")
     start = time.perf_counter()
     error_of(await server.complete(prompt="x " * 15_000_000), 400, "context_length_exceeded")
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 15
     await still_serves(server)
 
 
