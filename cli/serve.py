@@ -51,7 +51,7 @@ def run(namespace: argparse.Namespace) -> int:
     except ImportError as error:
         print(
             f"trimaran: error: the server needs more packages ({error}): "
-            "pip install 'trimaran[server]'",
+            "run pip install '.[server]' in trimaran's checkout",
             file=sys.stderr,
         )
         return 1
