@@ -37,7 +37,8 @@ class Quarantine:
     When one comes again its steps are its own (`watch`): after one failure those of its prompt,
     after more all of them. If such a step fails, the culprit is known and is refused for a while;
     whoever was only a bystander is served, at worst slower, and cleared. A prompt is known by its
-    content, since a retry comes under another id. Nothing is hashed as long as no step has failed.
+    content, since a retry comes under another id. Nothing is hashed as long as no step has failed,
+    and then every request once.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -49,12 +50,12 @@ class Quarantine:
     def empty(self) -> bool:
         return not self._records
 
-    def check(self, origin: EngineRequest) -> None:
+    def check(self, children: list[Request]) -> None:
         """Raises `StepError` for a prompt that is known to fail."""
-        record = self._find(origin)
+        record = self._find(children)
         if record and record.refused_until > self._clock():
             raise StepError(
-                f"request {origin.request_id!r} is quarantined for "
+                f"request {children[0].request_id!r} is quarantined for "
                 f"{record.refused_until - self._clock():.0f} s: the forward failed "
                 f"{record.failures} times with this prompt, at last in a step of its own; see the "
                 "server's log."
@@ -64,17 +65,17 @@ class Quarantine:
         """Set a suspect's sequences apart from others. No more than they need: with one failure
         until their first token, since nearly all that can be wrong with a request shows by then.
         """
-        record = self._find(children[0].origin)
+        record = self._find(children)
         if record:
             for child in children:
                 child.party = child.request_id
                 child.alone_until = child.num_prompt if record.failures == 1 else child.max_total
 
-    def failed(self, origin: EngineRequest, alone: bool) -> None:
+    def failed(self, request: Request, alone: bool) -> None:
         """A step failed; `alone`: nobody else had a part in it."""
-        content = _content(origin)
-        record = self._records.pop(content, _Record())
-        self._records[content] = record
+        digest = _digest(request)
+        record = self._records.pop(digest, _Record())
+        self._records[digest] = record
         record.failures += 1
         if alone and record.failures > 1:
             record.refused_until = self._clock() + QUARANTINE_SECONDS
@@ -84,15 +85,24 @@ class Quarantine:
 
     def served(self, request: Request) -> None:
         if request.alone_until:
-            self._records.pop(_content(request.origin), None)
+            self._records.pop(_digest(request), None)
 
-    def _find(self, origin: EngineRequest) -> _Record | None:
-        return None if self.empty else self._records.get(_content(origin))
+    def _find(self, children: list[Request]) -> _Record | None:
+        if self.empty:
+            return None
+        digest = _digest(children[0])
+        for child in children:
+            child.digest = digest
+        return self._records.get(digest)
 
 
-def _content(origin: EngineRequest) -> bytes:
-    tokens = origin.prompt.token_ids
-    return hashlib.sha256(origin.cache_root + struct.pack(f"<{len(tokens)}q", *tokens)).digest()
+def _digest(request: Request) -> bytes:
+    """SHA-256 of the prompt and the root of its prefix chain."""
+    if request.digest is None:
+        tokens = request.origin.prompt.token_ids
+        packed = struct.pack(f"<{len(tokens)}q", *tokens)
+        request.digest = hashlib.sha256(request.origin.cache_root + packed).digest()
+    return request.digest
 
 
 class Admission:
@@ -120,11 +130,11 @@ class Admission:
             )
         self._check_width(origin)
         self._check_context(origin)
-        self.quarantine.check(origin)
         self._check_queue(origin)
         num_children = origin.beam.beam_width if origin.beam else origin.params.n
         children = [self._child(origin, index) for index in range(num_children)]
         self._check_pool(children[0])
+        self.quarantine.check(children)
         self.quarantine.watch(children)
         return children
 

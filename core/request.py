@@ -69,6 +69,7 @@ class Request:
         "arrival_order",
         "block_reason",
         "controller",
+        "digest",
         "finish_reason",
         "first_scheduled",
         "index",
@@ -153,6 +154,7 @@ class Request:
         # it has more than `alone_until` tokens.
         self.party = ""
         self.alone_until = 0
+        self.digest: bytes | None = None  # of its prompt, once the quarantine has asked
 
     @property
     def blocks(self) -> list[list[int]]:

@@ -163,7 +163,7 @@ class Settlement:
         alone = len({request.request_id for request in step.requests}) == 1
         for request in step.requests:
             if request.request_id in self._sequences.by_id and not request.finished:
-                self._quarantine.failed(request.origin, alone)
+                self._quarantine.failed(request, alone)
                 self.end_request(request.request_id, FinishReason.ERROR, error)
         for children in self._sequences.by_id.values():
             self._quarantine.watch(children)

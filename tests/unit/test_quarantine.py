@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+from types import SimpleNamespace
+
 import pytest
 from helpers.null_model import NullEngine
 
+from trimaran.core import admission
 from trimaran.core.admission import QUARANTINE_SECONDS
 from trimaran.core.errors import StepError
 from trimaran.core.plan import StepPlan
@@ -179,3 +183,28 @@ def test_an_end_by_other_ways_clears_too(how: str) -> None:
         engine.scheduler.finish(request, 0, 1)
     engine.run()
     assert engine.scheduler.admission.quarantine.empty
+
+
+def test_a_request_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many steps fail while it waits, and however often it is asked for."""
+    num_hashed = 0
+
+    def sha256(data: bytes) -> hashlib._Hash:
+        nonlocal num_hashed
+        num_hashed += 1
+        return hashlib.sha256(data)
+
+    engine = Poisoned(max_num_seqs=1)
+    monkeypatch.setattr(admission, "hashlib", SimpleNamespace(sha256=sha256))
+    engine.add([1, 2])
+    engine.run()
+    assert num_hashed == 0, "no step has failed"
+    for i in range(4):
+        engine.add([POISON, i])
+    for i in range(4):
+        engine.add([5, i], n=2)
+    engine.run()
+    assert num_hashed == 8
+    engine.add([6, 7], n=2)
+    engine.run()
+    assert num_hashed == 9
