@@ -29,6 +29,7 @@ QUARANTINE_SIZE = 1024
 class _Record:
     failures: int = 0
     refused_until: float = 0.0  # seconds of the scheduler's clock
+    expires: float = 0.0  # likewise
 
 
 class Quarantine:
@@ -38,7 +39,7 @@ class Quarantine:
     after more all of them. If such a step fails, the culprit is known and is refused for a while;
     whoever was only a bystander is served, at worst slower, and cleared. A prompt is known by its
     content, since a retry comes under another id. Nothing is hashed as long as no step has failed,
-    and then every request once.
+    and then every request once; a prompt is forgotten when nothing was heard of it for a while.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -73,12 +74,15 @@ class Quarantine:
 
     def failed(self, request: Request, alone: bool) -> None:
         """A step failed; `alone`: nobody else had a part in it."""
+        self._drop_expired()
         digest = _digest(request)
         record = self._records.pop(digest, _Record())
         self._records[digest] = record
         record.failures += 1
+        record.expires = self._clock() + QUARANTINE_SECONDS
         if alone and record.failures > 1:
-            record.refused_until = self._clock() + QUARANTINE_SECONDS
+            record.refused_until = record.expires
+            record.expires += QUARANTINE_SECONDS  # so that it tries again alone
             self.num_quarantined += 1
         if len(self._records) > QUARANTINE_SIZE:
             self._records.popitem(last=False)
@@ -87,7 +91,16 @@ class Quarantine:
         if request.alone_until:
             self._records.pop(_digest(request), None)
 
+    def _drop_expired(self) -> None:
+        """In the order of their failures: one behind another that was refused may stay longer."""
+        while self._records:
+            digest, record = next(iter(self._records.items()))
+            if record.expires > self._clock():
+                return
+            del self._records[digest]
+
     def _find(self, children: list[Request]) -> _Record | None:
+        self._drop_expired()
         if self.empty:
             return None
         digest = _digest(children[0])

@@ -208,3 +208,33 @@ def test_a_request_is_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     engine.add([6, 7], n=2)
     engine.run()
     assert num_hashed == 9
+
+
+def test_records_expire() -> None:
+    """A suspicion is forgotten after a while; one that was refused is watched as long again."""
+    engine = Poisoned()
+    quarantine = engine.scheduler.admission.quarantine
+    engine.add([POISON, 1])
+    engine.run()
+    engine.now += QUARANTINE_SECONDS - 1
+    assert engine.reasons(*run_two(engine)) == {FinishReason.LENGTH}
+    assert not quarantine.empty
+    engine.now += 1
+    run_two(engine)
+    assert quarantine.empty, "a suspect that never came again"
+    for _ in range(2):
+        engine.add([POISON, 2])
+        engine.run()
+    engine.now += 2 * QUARANTINE_SECONDS - 1
+    run_two(engine)
+    assert not quarantine.empty
+    engine.now += 1
+    engine.add([POISON, 3])
+    engine.run()
+    assert len(quarantine._records) == 1, "only the new one"
+
+
+def run_two(engine: Poisoned) -> list[str]:
+    requests = [engine.add([7, i], eos=False) for i in range(2)]
+    engine.run()
+    return requests
