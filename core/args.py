@@ -46,7 +46,7 @@ class EngineArgs:
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     max_model_len: str | None = option(
-        None, "Longest sequence in tokens (k, m suffixes; `auto` fits memory)."
+        None, "Longest sequence in tokens (8k is 8000, 8K is 8192; `auto` fits memory)."
     )
     load_format: str = option("auto", "`safetensors`, or `dummy` for random weights.")
     served_model_name: list[str] = option([], "Names the server answers to (repeatable).")
@@ -68,7 +68,9 @@ class EngineArgs:
     gpu_memory_utilization: float = option(
         0.92, "Share of device memory the engine may use (on hosts: of what is free, at most half)."
     )
-    kv_cache_memory_bytes: str | None = option(None, "KV cache size (k, m, g suffixes).")
+    kv_cache_memory_bytes: str | None = option(
+        None, "KV cache size in bytes (k, m, g: 1000s; K, M, G: 1024s)."
+    )
     kv_cache_dtype: str = option(
         "auto", "KV cache element type.", choices=("auto", "bfloat16", "float16", "float32")
     )
