@@ -25,8 +25,8 @@ class Backend(Protocol):
 class RemoteBackend:
     """A server that speaks the OpenAI API."""
 
-    def __init__(self, url: str, api_key: str | None, model: str | None) -> None:
-        self.client = Client(url, api_key)
+    def __init__(self, client: Client, model: str | None) -> None:
+        self.client = client
         self.name = model or ""
 
     async def start(self) -> None:

@@ -17,7 +17,7 @@ from .workload import Job, add_workload_arguments, make_jobs, mean, percentile
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(parser, num_prompts=100)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--api-key")
+    parser.add_argument("--api-key", help="Its API key (or TRIMARAN_API_KEY).")
     parser.add_argument("--model", default=None, help="Name the server knows it by.")
     parser.add_argument(
         "--request-rate", type=float, default=0.0, help="Requests a second, Poisson (0: at once)."
@@ -47,7 +47,7 @@ def run(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 async def _drive(namespace: argparse.Namespace, jobs: list[Job]) -> tuple[list[Trace], float]:
-    client = Client(namespace.url, namespace.api_key)
+    client = Client.from_flags(namespace)
     model = namespace.model or (await client.get("/v1/models"))["data"][0]["id"]
     slots = asyncio.Semaphore(namespace.max_concurrency)
     draw = random.Random(namespace.workload_seed)

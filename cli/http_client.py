@@ -5,6 +5,7 @@ It exists so that commands need no further package, and so that measuring a serv
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import ssl
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..core.env import read_environment
 from ..core.errors import TrimaranError
 
 LINE_LIMIT = 1 << 20
@@ -33,6 +35,12 @@ class Client:
         self.port = parts.port or (443 if self.tls else 80)
         self.root = parts.path.rstrip("/").removesuffix("/v1")
         self.api_key = api_key
+
+    @classmethod
+    def from_flags(cls, namespace: argparse.Namespace) -> Client:
+        """By --url and --api-key; the key may also come from the environment, as the server's."""
+        keys = (namespace.api_key, *read_environment().api_keys)
+        return cls(namespace.url, next(filter(None, keys), None))
 
     async def get(self, path: str) -> Any:
         return json.loads(b"".join([piece async for piece in self._request("GET", path, None)]))
@@ -121,4 +129,6 @@ def _refusal(status: int, body: bytes) -> RemoteError:
         message = json.loads(body)["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = body[:200].decode(errors="replace")
+    if status == 401:
+        message += " Give one with --api-key, or in TRIMARAN_API_KEY."
     return RemoteError(f"The server answered {status}: {message}")

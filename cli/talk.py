@@ -10,6 +10,7 @@ from typing import Any
 from ..core.args import EngineArgs
 from .backends import Backend, LocalBackend, RemoteBackend
 from .flags import add_flags, build
+from .http_client import Client
 from .serve import add_model, take_model
 
 # A model may write anything; a terminal must not obey it.
@@ -18,7 +19,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="Talk to this server instead of loading a model.")
-    parser.add_argument("--api-key", help="Its API key.")
+    parser.add_argument("--api-key", help="Its API key (or TRIMARAN_API_KEY).")
     for name, kind in (("temperature", float), ("top-p", float), ("max-tokens", int)):
         parser.add_argument(f"--{name}", type=kind, default=None, metavar=kind.__name__.upper())
     add_flags(parser, EngineArgs, skip=("model",))
@@ -27,7 +28,7 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
 def open_backend(namespace: argparse.Namespace) -> Backend:
     take_model(namespace)
     if namespace.url:
-        return RemoteBackend(namespace.url, namespace.api_key, getattr(namespace, "model", None))
+        return RemoteBackend(Client.from_flags(namespace), getattr(namespace, "model", None))
     return LocalBackend(build(EngineArgs, namespace))
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from trimaran.cli import config_file, flags, main, platforms, serve, talk
 from trimaran.cli.bench_serve import Trace, summarize
+from trimaran.cli.http_client import Client, _refusal
 from trimaran.cli.workload import make_jobs, percentile
 from trimaran.core.args import EngineArgs, ServerArgs, flag_fields
 from trimaran.core.engine.inproc import InprocClient
@@ -187,6 +188,25 @@ def test_a_closed_output_is_no_failure():
 def test_what_a_model_writes_does_not_steer_the_terminal():
     assert talk.safe("a\x1b[2Jb\r\x07\x9b") == "a\ufffd[2Jb\ufffd\ufffd\ufffd"
     assert talk.safe("a\n\tü") == "a\n\tü"
+
+
+@pytest.mark.parametrize("command", [["chat", "--url=a"], ["bench", "serve"]])
+def test_the_api_key_may_come_from_the_environment(command, monkeypatch):
+    def key(*flags):
+        namespace = main.parser(command[0]).parse_args([*command, *flags])
+        return Client.from_flags(namespace).api_key
+
+    monkeypatch.delenv("TRIMARAN_API_KEY", raising=False)
+    assert key() is None
+    monkeypatch.setenv("TRIMARAN_API_KEY", "one,two")
+    assert key() == "one" and key("--api-key=three") == "three"
+
+
+def test_a_refused_key_names_the_flag():
+    refusal = _refusal(401, b'{"error": {"message": "No key."}}')
+    assert refusal.message == (
+        "The server answered 401: No key. Give one with --api-key, or in TRIMARAN_API_KEY."
+    )
 
 
 def test_workloads_are_reproducible():
