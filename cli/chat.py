@@ -11,7 +11,7 @@ from ..core.errors import TrimaranError
 from .backends import Backend, Messages
 from .talk import add_model, add_talk_arguments, emit, open_backend, options
 
-HINT = "Ctrl-C stops an answer, Ctrl-D ends; /reset forgets the conversation."
+HINT = "Ctrl-C stops an answer, Ctrl-D or /quit ends; /reset forgets the conversation."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +60,14 @@ def _converse(
         except (EOFError, KeyboardInterrupt):
             console.print()
             return
+        if text in ("/quit", "/exit"):
+            return
         if text == "/reset":
             messages[:] = beginning
+        elif text == "/help":
+            console.print(HINT, style="dim")
+        elif text.startswith("/") and len(text.split()) == 1:
+            console.print(f"There is no command {text}. {HINT}", style="red", markup=False)
         elif text:
             try:
                 runner.run(_turn(backend, messages, text, settings))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from trimaran.cli import config_file, flags, main, platforms, serve, talk
+from trimaran.cli import chat, config_file, flags, main, platforms, serve, talk
 from trimaran.cli.bench_serve import Trace, summarize
 from trimaran.cli.http_client import Client, _refusal
 from trimaran.cli.workload import make_jobs, percentile
@@ -188,6 +189,25 @@ def test_a_closed_output_is_no_failure():
 def test_what_a_model_writes_does_not_steer_the_terminal():
     assert talk.safe("a\x1b[2Jb\r\x07\x9b") == "a\ufffd[2Jb\ufffd\ufffd\ufffd"
     assert talk.safe("a\n\tü") == "a\n\tü"
+
+
+@pytest.mark.parametrize("last", ["/quit", "/exit"])
+def test_commands_of_a_chat_are_not_for_the_model(last, monkeypatch, capsys):
+    class Echo:
+        name = "echo"
+
+        async def chat(self, messages, options):
+            yield f"<{messages[-1]['content']}>"
+
+    lines = iter(["/help", "/halp", "/bin is full", last])
+    monkeypatch.setattr("rich.console.Console.input", lambda *_: next(lines))
+    with asyncio.Runner() as runner:
+        chat._converse(runner, Echo(), [], {})
+    assert next(lines, None) is None
+    out, err = capsys.readouterr()
+    assert out == "</bin is full>\n"
+    err = " ".join(err.split())  # as wide as it was
+    assert err.count(chat.HINT) == 3 and "There is no command /halp." in err
 
 
 @pytest.mark.parametrize("command", [["chat", "--url=a"], ["bench", "serve"]])
