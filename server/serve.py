@@ -211,7 +211,8 @@ def _say(error: TrimaranError, log: logs.DroppingHandler, args: ServerArgs) -> N
     if args.log_format == "json":
         logger.error("%s", error.message)
     else:
-        log.put(f"trimaran: error: {escape(error.message)}")
+        lines = map(escape, error.message.split("\n"))
+        log.put("trimaran: error: " + "\n".join(lines))
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

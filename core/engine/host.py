@@ -11,6 +11,7 @@ import signal
 
 import zmq
 
+from ..errors import TrimaranError
 from ..resolve import resolve
 from .client import FromEngine, ToEngine
 from .engine import Engine
@@ -68,7 +69,9 @@ def run(line: bytes, watch: ParentWatch) -> int:
     except Closed:
         return 0
     except BaseException as error:
-        logger.exception("the engine ends")
+        # An error of ours is told by whoever started this process; of others, the place matters.
+        level = logging.DEBUG if isinstance(error, TrimaranError) else logging.ERROR
+        logger.log(level, "the engine ends", exc_info=error)
         param = getattr(error, "param", None)
         _tell(launch, Status(kind=kind_of(error), message=one_line(error), param=param))
         return 1

@@ -151,11 +151,18 @@ def test_a_port_in_use(model):
 
 def test_a_model_that_is_not_there(tmp_path):
     status, error, _ = serve_in_vain(str(tmp_path / "none"), "--port=0")
-    assert status == 1 and "none" in error.splitlines()[-1]
+    assert status == 1 and "ERROR" not in error and "Traceback" not in error
+    assert error.splitlines()[-1].startswith("trimaran: error: ") and "none" in error
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     status, error, _ = serve_in_vain(str(tmp_path / "broken"), "--port=0")
     assert status == 1 and "config.json" in error
+
+
+def test_a_platform_that_is_not_there(model):
+    status, error, _ = serve_in_vain(str(model), "--port=0", "--platform=quantum")
+    assert status == 1 and "\ntrimaran: error: Platform 'quantum'" in "\n" + error
+    assert "\n  cpu: " in error and "Traceback" not in error
 
 
 def test_too_little_memory_for_the_cache(model):
