@@ -31,9 +31,15 @@ class StatsLog:
         self._before: dict[str, EngineStats] = {}
 
     async def run(self) -> None:
+        failed = False
         while True:
             await asyncio.sleep(self._interval)
-            self.write()
+            try:
+                self.write()
+            except Exception:  # of whatever kind: the next lines may come out well
+                if not failed:
+                    logger.exception("the statistics could not be written; said only once")
+                failed = True
 
     def write(self) -> None:
         now = self._clock()

@@ -8,6 +8,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from conftest import eventually
 
 from trimaran.core.engine.messages import EngineStats
 from trimaran.server.serve import Service
@@ -63,6 +64,22 @@ def test_a_new_engine_counts_from_zero(lines, server):
     assert "generation 2.0 tokens/s" in lines(generation_tokens=20)[0]
     server.model.ready = False
     assert lines(generation_tokens=1_000) == []
+
+
+async def test_a_line_that_fails_is_told_once_and_the_next_comes(server, caplog, monkeypatch):
+    caplog.set_level(logging.INFO)
+    answers = iter([RuntimeError("no stats"), RuntimeError("no stats")])
+
+    def stats():
+        for error in answers:
+            raise error
+        return EngineStats(num_running=1)
+
+    monkeypatch.setattr(server.engine, "stats", stats)
+    task = asyncio.ensure_future(StatsLog(server.state.router, interval=0.01).run())
+    await eventually(lambda: task.done() or "running 1" in caplog.text)
+    assert not task.done() and caplog.text.count("no stats") == 1
+    task.cancel()
 
 
 @pytest.mark.parametrize("disabled", [False, True])
