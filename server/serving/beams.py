@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
-from ...core.errors import InvalidRequestError, QueueFullError
+from ...core.errors import InvalidRequestError, QueueFullError, StepError
 from ...core.sampling_params import BeamSearchParams
-from ...core.types import BeamSearchOutput, RequestMetrics
+from ...core.types import BeamSearchOutput, FinishReason, RequestMetrics
 from ..errors import DeadlineError
 from ..metrics import RequestTimer
 from ..protocol.sampling import MAX_BEAMS, SamplingFields
@@ -61,35 +62,58 @@ async def search(
         length_penalty=1.0 if fields.length_penalty is None else fields.length_penalty,
         include_stop_str_in_output=fields.include_stop_str_in_output,
     )
-    limit = None if options.timeout_ms is None else options.timeout_ms / 1e3
+    deadline = None
+    if options.timeout_ms is not None:
+        deadline = asyncio.get_running_loop().time() + options.timeout_ms / 1e3
     outputs = []
     state.claim_id(options.request_id)
     try:
-        async with asyncio.timeout(limit):
-            for index, prompt in enumerate(prompts):
-                timer = RequestTimer(state.metrics, model)
-                output = await model.engine.beam_search(
-                    prompt,
-                    params,
-                    request_id=f"{options.request_id}-{index}",
-                    priority=options.priority,
-                    cache_salt=options.cache_salt,
-                    key_id=options.key_id,
-                )
-                timer.tokens = sum(len(beam.token_ids) for beam in output.sequences)
-                reasons = [beam.finish_reason or "" for beam in output.sequences]
-                timer.on_end(RequestMetrics(), len(prompt), reasons)
-                outputs.append(output)
-    except TimeoutError:
-        raise DeadlineError(
-            f"The request did not finish within its timeout_ms of {options.timeout_ms}."
-        ) from None
+        for index, prompt in enumerate(prompts):
+            timer = RequestTimer(state.metrics, model)
+            one = dataclasses.replace(options, request_id=f"{options.request_id}-{index}")
+            outputs.append(await _search_one(timer, prompt, params, one, deadline))
     except QueueFullError as error:
         state.metrics.count_rejection(model, error)
         raise
     finally:
         state.request_ids.discard(options.request_id)
     return outputs
+
+
+async def _search_one(
+    timer: RequestTimer,
+    prompt: list[int],
+    params: BeamSearchParams,
+    options: SubmitOptions,
+    deadline: float | None,
+) -> BeamSearchOutput:
+    """Counted like a request with as many sequences, also when the deadline (the loop's time) or
+    the engine ends it; like any request, not when its client goes away."""
+    reasons: list[str] = []
+    try:
+        async with asyncio.timeout_at(deadline):
+            output = await timer.model.engine.beam_search(
+                prompt,
+                params,
+                request_id=options.request_id,
+                priority=options.priority,
+                cache_salt=options.cache_salt,
+                key_id=options.key_id,
+            )
+        timer.tokens = sum(len(beam.token_ids) for beam in output.sequences)
+        reasons = [beam.finish_reason or "" for beam in output.sequences]
+        return output
+    except TimeoutError:
+        reasons = [FinishReason.ABORT] * params.beam_width
+        raise DeadlineError(
+            f"The request did not finish within its timeout_ms of {options.timeout_ms}."
+        ) from None
+    except StepError:
+        reasons = [FinishReason.ERROR] * params.beam_width
+        raise
+    finally:
+        if reasons:
+            timer.on_end(RequestMetrics(), len(prompt), reasons)
 
 
 def search_usage(prompts: list[list[int]], outputs: list[BeamSearchOutput]) -> dict[str, Any]:

@@ -78,15 +78,16 @@ class FakeStream:
             raise engine.fail_first
         answer = engine.answer[: params.max_tokens]
         reason = "stop" if len(answer) == len(engine.answer) else "length"
+        reason = engine.end_reason or reason
         times = RequestMetrics(*(time.monotonic() + step / 1e3 for step in range(4)))
         pieces = [answer]
         if params.output_kind == OutputKind.DELTA:
             pieces = [answer[i : i + engine.piece] for i in range(0, len(answer), engine.piece)]
         for number, piece in enumerate(pieces):
+            await self._wait(number)
             if self.aborted.is_set():
                 break
             last = number == len(pieces) - 1
-            await self._wait(number)
             sequences = [
                 self._sequence(i, piece, reason if last else None) for i in range(params.n)
             ]
@@ -146,6 +147,7 @@ class FakeEngine:
         self.pause = pause
         self.hold = None
         self.submit_error = self.fail_first = self.fail_later = None
+        self.end_reason = None  # whatever the tokens say
         self.num_cached = 0
         self.dead = False
         self.submitted = []

@@ -11,7 +11,7 @@ import pytest
 from conftest import eventually
 from fake_engine import FakeEngine
 
-from trimaran.core.errors import QueueFullError
+from trimaran.core.errors import QueueFullError, StepError
 
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Kiel"}}\n</tool_call>'
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -291,6 +291,29 @@ async def test_a_beam_search_is_counted_as_any_request(server):
         f"e2e_request_latency_seconds_count{{{labels}}} 1.0",
     ):
         assert line.replace("#", '"') in text
+
+
+@pytest.mark.parametrize(("how", "reason"), [("deadline", "abort"), ("failure", "error")])
+async def test_a_beam_search_that_ends_early_is_counted_as_any_request(serve, how, reason):
+    """The same metrics, line by line, as the sampling that ends in the same way."""
+
+    async def counts(**body):
+        server = serve()
+        engine = server.engine
+        if how == "deadline":
+            engine.hold = asyncio.Event()
+            assert (await server.complete(n=2, timeout_ms=50, **body)).status_code == 504
+        else:
+            engine.answer, engine.end_reason = "", "error"
+            engine.submit_error = StepError("the fuse blew") if body else None
+            assert (await server.complete(n=2, **body)).status_code == (500 if body else 200)
+        text = (await server.client.get("/metrics")).text
+        words = ("_tokens_total", "request_success_total", "tokens_count", "latency_seconds_count")
+        return [line for line in text.splitlines() if any(f"{word}{{" in line for word in words)]
+
+    beams = await counts(use_beam_search=True)
+    assert beams == await counts()
+    assert any(f'finished_reason="{reason}"' in line and line.endswith(" 2.0") for line in beams)
 
 
 async def test_tokenize_and_detokenize(server):
