@@ -12,6 +12,7 @@ from importlib import import_module
 
 from .. import __version__
 from ..core.errors import TrimaranError
+from .parser import Parser
 
 COMMANDS = {
     "serve": "The OpenAI-compatible server.",
@@ -48,7 +49,7 @@ def _run(arguments: list[str]) -> int:
 
 def parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser. Flags of a command are added for `command` alone: the others are not asked."""
-    root = argparse.ArgumentParser(
+    root = Parser(
         prog="trimaran",
         description="An LLM inference engine: one engine on CPUs and accelerators.",
         allow_abbrev=False,
