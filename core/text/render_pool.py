@@ -102,6 +102,8 @@ class RenderPool:
             [sys.executable, "-m", WORKER_MODULE, str(self._time_limit)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # Ctrl-C in the terminal is the parent's business; this ends with its standard input.
+            process_group=0,
         )
         return _Worker(process, START_LIMIT)
 

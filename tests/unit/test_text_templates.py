@@ -1,6 +1,7 @@
 """Chat templates: what they may do, what they may not, and how long they may take."""
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -83,6 +84,14 @@ def test_the_processes_end_with_the_pool():
     (worker,) = pool._idle
     pool.close()
     assert worker.process.poll() is not None
+
+
+def test_the_terminals_signals_do_not_reach_the_processes():
+    pool = RenderPool()
+    pool.warm()
+    (worker,) = pool._idle
+    assert os.getpgid(worker.process.pid) != os.getpgrp()
+    pool.close()
 
 
 def test_a_process_at_work_ends_with_its_job_when_the_pool_is_closed():
