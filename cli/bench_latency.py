@@ -7,16 +7,16 @@ import time
 from typing import Any
 
 from ..core.args import EngineArgs
-from .flags import add_flags, build
+from .flags import add_flags, build, number
 from .serve import add_model, take_model
-from .workload import add_workload_arguments, make_jobs, mean, percentile
+from .workload import add_number, add_workload_arguments, make_jobs, mean, percentile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_workload_arguments(parser, num_prompts=1)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=2)
+    add_number(parser, "iterations", number(int, 1), 10, "Batches to measure.")
+    add_number(parser, "warmup", number(int, 0), 2, "Batches before them.")
     add_flags(parser, EngineArgs, skip=("model",))
 
 

@@ -10,20 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import TrimaranError
+from .flags import number
 from .http_client import Client
-from .workload import Job, add_workload_arguments, make_jobs, mean, percentile
+from .workload import Job, add_number, add_workload_arguments, make_jobs, mean, percentile
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(parser, num_prompts=100)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--api-key", help="Its API key (or TRIMARAN_API_KEY).")
-    parser.add_argument("--model", default=None, help="Name the server knows it by.")
     parser.add_argument(
-        "--request-rate", type=float, default=0.0, help="Requests a second, Poisson (0: at once)."
+        "--url", default="http://127.0.0.1:8000", help="The server (default: %(default)s)."
     )
-    parser.add_argument("--max-concurrency", type=int, default=64)
-    parser.add_argument("--vocab-size", type=int, default=1_000, help="Prompt ids are below it.")
+    parser.add_argument("--api-key", help="Its API key (or TRIMARAN_API_KEY).")
+    parser.add_argument("--model", help="Name the server knows it by (the first it lists).")
+    rate_help = "Requests a second, Poisson; 0 sends all at once."
+    add_number(parser, "request-rate", number(float, 0), 0.0, rate_help)
+    add_number(parser, "max-concurrency", number(int, 1), 64, "Most requests open at once.")
+    add_number(parser, "vocab-size", number(int, 1), 1_000, "Prompt ids are below it.")
 
 
 @dataclass

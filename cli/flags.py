@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -55,6 +56,22 @@ def convert(args_class: type, name: str, value: Any) -> Any:
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise ValueError(f"{name} is {value!r}; it must be of type {wanted.__name__}")
     return value
+
+
+def number(
+    kind: Callable[[str], float], low: float, high: float = math.inf
+) -> Callable[[str], float]:
+    """The type of a flag that takes a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+
+    parse.__name__ = kind.__name__  # in argparse's own message of what is no number
+    return parse
 
 
 def json_object(text: str) -> dict[str, Any]:

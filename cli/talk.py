@@ -20,8 +20,12 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="Talk to this server instead of loading a model.")
     parser.add_argument("--api-key", help="Its API key (or TRIMARAN_API_KEY).")
-    for name, kind in (("temperature", float), ("top-p", float), ("max-tokens", int)):
-        parser.add_argument(f"--{name}", type=kind, default=None, metavar=kind.__name__.upper())
+    for name, kind, help in (
+        ("temperature", float, "Randomness: 0 takes the most probable token (the model's own)."),
+        ("top-p", float, "Sample among the likeliest tokens of this share (the model's own)."),
+        ("max-tokens", int, "Most tokens to generate."),
+    ):
+        parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=help)
     add_flags(parser, EngineArgs, skip=("model",))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from .flags import number
 
 
 @dataclass(frozen=True)
@@ -18,19 +20,29 @@ class Job:
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser, num_prompts: int) -> None:
-    parser.add_argument("--num-prompts", type=int, default=num_prompts)
-    parser.add_argument("--input-len", type=int, default=128, help="Prompt tokens, on average.")
-    parser.add_argument("--output-len", type=int, default=128, help="Tokens to generate.")
-    parser.add_argument(
-        "--range-ratio",
-        type=float,
-        default=0.0,
-        help="Lengths are drawn from [length * (1 - R), length * (1 + R)].",
-    )
-    parser.add_argument(
-        "--shared-prefix-len", type=int, default=0, help="Tokens all prompts share."
-    )
-    parser.add_argument("--workload-seed", type=int, default=0)
+    for name, low, default, help in (
+        ("num-prompts", 1, num_prompts, "Prompts in all."),
+        ("input-len", 1, 128, "Prompt tokens, on average."),
+        ("output-len", 1, 128, "Tokens to generate."),
+        ("shared-prefix-len", 0, 0, "Tokens that all prompts begin with."),
+    ):
+        add_number(parser, name, number(int, low), default, help)
+    ratio_help = "Lengths are drawn from [length * (1 - R), length * (1 + R)]."
+    add_number(parser, "range-ratio", number(float, 0, 1), 0.0, ratio_help)
+    add_number(parser, "workload-seed", int, 0, "Seed of prompts and lengths.")
+
+
+def add_number(
+    parser: argparse.ArgumentParser,
+    name: str,
+    kind: Callable[[str], float],
+    default: float,
+    help: str,
+) -> None:
+    """A flag that always has a value, which its help shows."""
+    shown = f"{help} (default: {default})"
+    metavar = kind.__name__.upper()
+    parser.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=shown)
 
 
 def make_jobs(namespace: argparse.Namespace, vocab_size: int) -> list[Job]:

@@ -57,6 +57,21 @@ def test_every_field_is_a_flag():
         assert f"--{field.name.replace('_', '-')}" in known
 
 
+def parsers(parser):
+    for action in parser._actions:
+        for sub in action.choices.values() if isinstance(action.choices, dict) else ():
+            yield sub
+            yield from parsers(sub)
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_flag_has_a_help_text(command):
+    for parser in parsers(main.parser(command)):
+        for action in parser._option_string_actions.values():
+            hidden_twin = action.option_strings == ["--model"]
+            assert action.help and (action.help != argparse.SUPPRESS or hidden_twin), action
+
+
 def parse(*arguments):
     namespace = main.parser("serve").parse_args(["serve", *arguments])
     serve.take_model(namespace)
@@ -106,6 +121,10 @@ def test_two_models_contradict():
             "trimaran bench serve: error: unknown arguments: --urll=a",
         ),
         (["bench"], "usage: trimaran bench KIND [flags]; see trimaran bench --help"),
+        (["bench", "throughput", "--num-prompts=0"], "--num-prompts: 0 is not at least 1"),
+        (["bench", "latency", "--input-len", "0"], "--input-len: 0 is not at least 1"),
+        (["bench", "serve", "--range-ratio=nan"], "--range-ratio: nan is not in [0, 1]"),
+        (["bench", "serve", "--vocab-size=a"], "invalid int value: 'a'"),
         (["serve", "--port", "many"], "invalid int value"),
         (["serve", "--dtype", "int3"], "invalid choice"),
         (["serve", "--hf-overrides", "[1]"], "must be a JSON object"),
