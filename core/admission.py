@@ -72,8 +72,8 @@ class Quarantine:
                 child.party = child.request_id
                 child.alone_until = child.num_prompt if record.failures == 1 else child.max_total
 
-    def failed(self, request: Request, alone: bool) -> None:
-        """A step failed; `alone`: nobody else had a part in it."""
+    def failed(self, request: Request, alone: bool) -> bytes:
+        """A step failed; `alone`: nobody else had a part in it. The prompt's digest."""
         self._drop_expired()
         digest = _digest(request)
         record = self._records.pop(digest, _Record())
@@ -86,6 +86,7 @@ class Quarantine:
             self.num_quarantined += 1
         if len(self._records) > QUARANTINE_SIZE:
             self._records.popitem(last=False)
+        return digest
 
     def served(self, request: Request) -> None:
         if request.alone_until:

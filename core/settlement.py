@@ -13,6 +13,33 @@ from .types import FinishReason, PositionLogprobs
 NOT_FINITE = "The model's logits were not finite for this sequence; nothing of it is cached."
 NO_TOKEN_LEFT = "allowed_token_ids, bad_words and min_tokens together leave no token to go on with."
 
+MAX_FAILED_STEPS = 8
+MIN_FAILED_PROMPTS = 3
+"""So many steps that failed in a row, of so many prompts, are not the fault of a request."""
+
+
+class FailureStreak:
+    """Failed steps without a good one in between, and what they were about. Steps that only tell
+    the runner something count neither way: they may not even touch the device."""
+
+    def __init__(self) -> None:
+        self.num_steps = 0
+        self._prompts: set[bytes] = set()
+
+    @property
+    def hopeless(self) -> bool:
+        """Rather the device is broken: steps of any request would fail."""
+        return self.num_steps >= MAX_FAILED_STEPS and len(self._prompts) >= MIN_FAILED_PROMPTS
+
+    def add(self, prompts: set[bytes]) -> None:
+        """A step failed, and with it these prompts: none if they had ended before."""
+        self.num_steps += bool(prompts)
+        self._prompts |= prompts
+
+    def end(self) -> None:
+        self.num_steps = 0
+        self._prompts.clear()
+
 
 class Settlement:
     """Takes the outputs of steps, and collects what the front end has to be told."""
@@ -21,6 +48,7 @@ class Settlement:
         self._kv = kv
         self._sequences = sequences
         self._quarantine = quarantine
+        self.streak = FailureStreak()
         self._outputs: list[SequenceOutput] = []
 
     def settle(self, step: StepInFlight, output: StepOutput) -> list[BeamOutput]:
@@ -32,6 +60,8 @@ class Settlement:
             self._take_rows_with_extras(step, output, beams)
         else:
             self._take_rows(step, output)
+        if output.error is None and step.requests:
+            self.streak.end()
         self._kv.end_step(step.plan.step_id)
         return beams
 
@@ -161,10 +191,12 @@ class Settlement:
         for request in step.requests:
             self._kv.taint(request.kv, request.num_verified)
         alone = len({request.request_id for request in step.requests}) == 1
+        prompts: set[bytes] = set()
         for request in step.requests:
             if request.request_id in self._sequences.by_id and not request.finished:
-                self._quarantine.failed(request, alone)
+                prompts.add(self._quarantine.failed(request, alone))
                 self.end_request(request.request_id, FinishReason.ERROR, error)
+        self.streak.add(prompts)
         for children in self._sequences.by_id.values():
             self._quarantine.watch(children)
             self._sequences.note_suspects(children)

@@ -61,8 +61,8 @@ class Engine:
     """One model's scheduler and executor, driven by whoever calls `step`.
 
     A step that raises ends the requests of its batch with an error, and the engine goes on. Only
-    `EngineDeadError` (a rank is gone) and faults of the scheduler itself come out of `step`: then
-    the engine cannot go on.
+    `EngineDeadError` (a rank is gone, or so many steps failed that the device must be broken) and
+    faults of the scheduler itself come out of `step`: then the engine cannot go on.
     """
 
     def __init__(
@@ -176,7 +176,14 @@ class Engine:
         plan, handle = self._in_flight[0]
         output = self._result(plan, handle)
         self._in_flight.popleft()
-        return self.scheduler.update(plan, output)
+        results = self.scheduler.update(plan, output)
+        streak = self.scheduler.settlement.streak
+        if streak.hopeless:
+            raise EngineDeadError(
+                f"{streak.num_steps} steps in a row failed, of different requests: the device "
+                f"seems to be broken; at last: {output.error}"
+            )
+        return results
 
     def _result(self, plan: StepPlan, handle: StepHandle) -> StepOutput:
         try:

@@ -6,6 +6,7 @@ import time
 import pytest
 from helpers.fake_executor import FakeExecutor, continuation, fake_config
 
+from trimaran.core.admission import Quarantine
 from trimaran.core.engine.inproc import InprocClient
 from trimaran.core.engine.messages import (
     AbortRequests,
@@ -19,6 +20,7 @@ from trimaran.core.engine.messages import (
 from trimaran.core.errors import EngineDeadError
 from trimaran.core.plan import StepPlan
 from trimaran.core.sampling_params import SamplingParams
+from trimaran.core.settlement import MAX_FAILED_STEPS
 from trimaran.core.types import FinishReason, Prompt
 
 DEPTHS = pytest.mark.parametrize("run_ahead", [0, 1, 2])
@@ -152,6 +154,50 @@ def test_a_lost_rank_ends_the_engine_with_its_own_words(tmp_path, run_ahead):
     for use in (lambda: loop.client.poll(0.0), lambda: loop.add(request("b"))):
         with pytest.raises(EngineDeadError, match="rank 1 was killed"):
             use()
+
+
+def break_device(number, plan):
+    if plan.rows:  # what only concerns the runner's tables still works
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+@DEPTHS
+@pytest.mark.parametrize("where", ["on_submit", "on_result"])
+def test_a_broken_device_ends_the_engine(tmp_path, run_ahead, where):
+    """Once it is not about the requests any more: every step fails, whoever is in it."""
+    loop = Loop(tmp_path, FakeExecutor(**{where: break_device}), run_ahead=run_ahead)
+    for i in range(MAX_FAILED_STEPS - 1):
+        loop.add(request(str(i), prompt=[5, i]))
+        loop.run()
+        assert loop.ends[str(i), 0][0] == "error"
+    loop.add(request("last"))
+    with pytest.raises(EngineDeadError, match="8 steps in a row failed.* illegal memory access"):
+        loop.run()
+
+
+def test_a_good_step_in_between_lets_it_go_on(tmp_path):
+    def fail(number, plan):
+        if any(new.token_ids[1] % MAX_FAILED_STEPS for new in plan.added):
+            break_device(number, plan)
+
+    loop = Loop(tmp_path, FakeExecutor(on_result=fail))
+    for i in range(3 * MAX_FAILED_STEPS):
+        loop.add(request(str(i), prompt=[5, i], max_tokens=1))
+        loop.run()
+    assert [key for key, end in loop.ends.items() if end[0] == "length"] == [
+        (str(i), 0) for i in range(0, 3 * MAX_FAILED_STEPS, MAX_FAILED_STEPS)
+    ]
+
+
+def test_the_same_two_prompts_never_end_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Quarantine, "check", lambda self, children: None)
+    loop = Loop(tmp_path, FakeExecutor(on_result=break_device))
+    for i in range(3 * MAX_FAILED_STEPS):
+        loop.add(request(str(i), prompt=[5, i % 2]))
+        loop.run()
+    loop.add(request("another"))
+    with pytest.raises(EngineDeadError, match="25 steps in a row"):
+        loop.run()
 
 
 def test_a_fault_of_the_scheduler_ends_the_engine_with_its_own_words(tmp_path, monkeypatch):
