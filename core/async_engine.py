@@ -45,7 +45,7 @@ class AsyncEngine:
     text, so that the loop only hands outputs to their readers.
     """
 
-    tokenizer: Tokenizer  # these three: once started
+    tokenizer: Tokenizer  # these three: once started (no template until then)
     model: ModelSpec
     chat_template: ChatTemplate | None
 
@@ -64,6 +64,8 @@ class AsyncEngine:
         self._streams: dict[str, RequestStream] = {}
         self._beams: dict[str, Mailbox[BeamSearchOutput]] = {}
         self._stats = EngineStats()
+        self._closed = False
+        self.chat_template = None
 
     @classmethod
     def from_args(
@@ -96,11 +98,12 @@ class AsyncEngine:
 
     async def close(self) -> None:
         """End the engine; open streams raise `EngineDeadError`. May be called again."""
+        self._closed = True
         await self._link.close()
         self._fail_all(EngineDeadError("the engine was closed"))
         for pool in (self._pool, self._renderers):
             pool.shutdown(wait=False, cancel_futures=True)
-        if self._processor is not None and self.chat_template is not None:
+        if self.chat_template is not None:
             self.chat_template.close()
 
     async def __aenter__(self) -> AsyncEngine:
@@ -361,6 +364,8 @@ class AsyncEngine:
             )
             if self.chat_template is not None:
                 self.chat_template.warm()
+                if self._closed:  # meanwhile, after `start` was cancelled: `close` found nothing
+                    self.chat_template.close()
         self._processor = OutputProcessor(self.tokenizer)
 
     def _ready(self) -> Intake:

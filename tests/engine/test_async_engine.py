@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import threading
 import time
 
 import pytest
@@ -328,6 +329,34 @@ async def test_a_models_own_template_that_loops_holds_up_nobody(make, monkeypatc
         for error in await asyncio.gather(*looping, return_exceptions=True):
             assert isinstance(error, InvalidRequestError) and "ended after 6 s" in error.message
         assert await engine.render_chat([{"role": "user", "content": "Hi"}]) == "user: Hi\n"
+
+
+async def test_a_start_that_is_cancelled_leaves_no_process(make, monkeypatch):
+    entered, go, processes = threading.Event(), threading.Event(), []
+    load, begin = templates.ChatTemplate.from_path, RenderPool._start
+
+    def load_late(*arguments):
+        entered.set()
+        go.wait(20)
+        return load(*arguments)
+
+    def record(pool):
+        worker = begin(pool)
+        processes.append(worker.process)
+        return worker
+
+    monkeypatch.setattr(templates.ChatTemplate, "from_path", load_late)
+    monkeypatch.setattr(RenderPool, "_start", record)
+    engine = make()
+    starting = asyncio.create_task(engine.start())
+    await until(entered.is_set)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    await engine.close()
+    go.set()
+    await until(lambda: engine._processor is not None)
+    assert all(process.poll() is not None for process in processes)
 
 
 async def test_an_operators_template_also_after_a_restart(make, tmp_path):
