@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from ..core.args import EngineArgs
+from ..core.sampling_params import SamplingParams
 from .backends import Backend, LocalBackend, RemoteBackend
 from .flags import add_flags, build
 from .http_client import Client
@@ -30,7 +31,9 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_backend(namespace: argparse.Namespace) -> Backend:
+    """Raises before anything is loaded if a sampling option is out of bounds."""
     take_model(namespace)
+    SamplingParams(**options(namespace))
     if namespace.url:
         return RemoteBackend(Client.from_flags(namespace), getattr(namespace, "model", None))
     return LocalBackend(build(EngineArgs, namespace))
