@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Self
 
-from .args import DEFAULT_MODEL, EngineArgs
+from .args import DEFAULT_MODEL, EngineArgs, flag_fields
 from .engine.inproc import InprocClient
 from .engine.intake import Intake, PromptInput
 from .engine.messages import AbortRequests, AddRequests, EngineRequest, StepMessage
@@ -37,7 +38,7 @@ class LLM:
     """
 
     def __init__(self, model: str = DEFAULT_MODEL, **engine_args: Any) -> None:
-        self._open(InprocClient.from_args(EngineArgs(model=str(model), **engine_args)))
+        self._open(InprocClient.from_args(_engine_args(model=str(model), **engine_args)))
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs) -> Self:
@@ -307,6 +308,16 @@ class LLM:
                 param="sampling_params",
             )
         return zip(batch, params, strict=True)
+
+
+def _engine_args(**given: Any) -> EngineArgs:
+    """Raises `ConfigError` for a name that is no option."""
+    names = [field.name for field in flag_fields(EngineArgs)]
+    for name in given.keys() - names:
+        near = difflib.get_close_matches(name, names, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(f"There is no option {name}{meant}.", param=name)
+    return EngineArgs(**given)
 
 
 def _as_batch(prompts: Any) -> tuple[Iterable[PromptInput], int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import time
 
 import pytest
 
-from trimaran.cli import chat, config_file, flags, main, platforms, serve, talk
+from trimaran.cli import chat, complete, config_file, flags, main, platforms, serve, talk
 from trimaran.cli.bench_serve import Trace, summarize
 from trimaran.cli.http_client import Client, _refusal
 from trimaran.cli.workload import make_jobs, percentile
 from trimaran.core.args import EngineArgs, ServerArgs, flag_fields
 from trimaran.core.engine.inproc import InprocClient
 from trimaran.core.errors import ConfigError
+from trimaran.core.llm import LLM
 
 HEAVY = {"torch", "numpy", "pydantic", "starlette", "uvicorn", "rich", "transformers"}
 
@@ -215,6 +217,34 @@ def test_a_closed_output_is_no_failure():
 def test_what_a_model_writes_does_not_steer_the_terminal():
     assert talk.safe("a\x1b[2Jb\r\x07\x9b") == "a\ufffd[2Jb\ufffd\ufffd\ufffd"
     assert talk.safe("a\n\tü") == "a\n\tü"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "piped", "message"),
+    [
+        (["complete", "a", "--temperature=nan"], "", "temperature is nan"),
+        (["chat", "--top-p=2"], "", "top_p is 2.0"),
+        (["complete", ""], "unread", "There is no prompt"),
+        (["complete"], "", "There is no prompt"),
+        (["complete", "-"], "", "There is no prompt"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_a_model_is_looked_for(arguments, piped, message):
+    done = cli(*arguments, "--model=/nowhere", input=piped)
+    assert done.returncode == 1 and message in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["a\nb"], ["-"], []])
+def test_a_prompt_may_come_through_a_pipe(arguments, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb"))
+    namespace = main.parser("complete").parse_args(["complete", *arguments])
+    assert complete._prompt(namespace.prompt) == "a\nb"
+
+
+def test_an_option_that_is_none_is_named():
+    for name, meant in (("max_model_length", r" \(did you mean max_model_len\?\)"), ("foo", "")):
+        with pytest.raises(ConfigError, match=f"There is no option {name}{meant}\\."):
+            LLM("/nowhere", **{name: 1})
 
 
 @pytest.mark.parametrize("last", ["/quit", "/exit"])
