@@ -22,8 +22,12 @@ def add_talk_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", help="Talk to this server instead of loading a model.")
     parser.add_argument("--api-key", help="Its API key (or TRIMARAN_API_KEY).")
     for name, kind, help in (
-        ("temperature", float, "Randomness: 0 takes the most probable token (the model's own)."),
-        ("top-p", float, "Sample among the likeliest tokens of this share (the model's own)."),
+        ("temperature", float, "0 takes the most probable token (default: the model's own)."),
+        (
+            "top-p",
+            float,
+            "Sample among the likeliest tokens of this share (default: the model's own).",
+        ),
         ("max-tokens", int, "Most tokens to generate."),
     ):
         parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=help)

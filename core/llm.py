@@ -314,7 +314,7 @@ def _engine_args(**given: Any) -> EngineArgs:
     """Raises `ConfigError` for a name that is no option."""
     names = [field.name for field in flag_fields(EngineArgs)]
     for name in given.keys() - names:
-        near = difflib.get_close_matches(name, names, n=1)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
         meant = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"There is no option {name}{meant}.", param=name)
     return EngineArgs(**given)
