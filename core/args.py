@@ -95,7 +95,8 @@ class EngineArgs:
     step_timeout: float = option(
         600.0,
         "Seconds a step may take; then the engine, or a rank that does not finish it, counts as "
-        "stuck and is ended. An engine inside its caller's process is not watched, its ranks are.",
+        "stuck and is ended; an idle engine after 60 at most. An engine inside its caller's "
+        "process is not watched, its ranks are.",
     )
 
     def __post_init__(self) -> None:

@@ -134,7 +134,9 @@ class Engine:
 
     def _answer(self, call: UtilityCall) -> UtilityResult:
         match call.method:
-            case "ping" | "stats":
+            case "ping":
+                return UtilityResult(call.call_id, {"idle": not self.has_work})
+            case "stats":
                 return UtilityResult(call.call_id, self._stats())
             case "check":
                 # For leak hunts: what is still alive once the cycles are collected.

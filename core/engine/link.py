@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 POLL_TIME = 1.0  # seconds
 PING_AFTER = 1.0  # seconds of silence
 PING_ID = 0
+IDLE_TIMEOUT = 60.0  # seconds in which an engine that has nothing to do answers a ping
 
 # The engine's modules are heavy (the runner), and ZeroMQ is an extra of the server: each program
 # imports only the client it uses.
@@ -45,6 +46,9 @@ class EngineLink:
         self._last_call = PING_ID
         self._last_heard = 0.0
         self._pinged: float | None = None  # since when a ping is unanswered
+        self._num_sent = 0  # pings apart
+        self._sent_at_ping = 0
+        self._idle_after = -1  # so many messages: then the engine said that it was idle
         self._closing = False
         self._go = threading.Event()
 
@@ -92,6 +96,7 @@ class EngineLink:
         self.check()
         assert self._client is not None
         self._client.send(message)
+        self._num_sent += 1  # not before: a ping that claims to follow the message must do so
 
     async def call(self, method: str) -> dict[str, Any]:
         """Ask the engine; waits for the end of its step. Raises `EngineDeadError`."""
@@ -162,8 +167,10 @@ class EngineLink:
                 self._last_heard, self._pinged = time.monotonic(), None
                 if isinstance(message, StepMessage):
                     self._tell(self._on_step(message))
-                else:
-                    self._tell(self._answer, message)
+                    continue
+                if message.call_id == PING_ID and message.value.get("idle"):
+                    self._idle_after = self._sent_at_ping
+                self._tell(self._answer, message)
         except EngineDeadError as error:
             self._tell(self._die, error)
         except Exception as error:
@@ -172,17 +179,20 @@ class EngineLink:
 
     def _watch(self, client: EngineClient) -> None:
         """Ping after some silence. The engine answers between two steps: one that does not for
-        longer than a step may take is stuck."""
+        longer than a step may take is stuck, and sooner if it can have no step to take."""
         now = time.monotonic()
         if self._pinged is None:
             if now - self._last_heard > PING_AFTER:
-                self._pinged = now
+                self._pinged, self._sent_at_ping = now, self._num_sent
                 client.send(UtilityCall(PING_ID, "ping"))
-        elif now - self._pinged > self._args.step_timeout:
+            return
+        limit, which = self._args.step_timeout, "--step-timeout"
+        if self._idle_after == self._num_sent and limit > IDLE_TIMEOUT:
+            limit, which = IDLE_TIMEOUT, "it had nothing to do"
+        if now - self._pinged > limit:
             kill = getattr(client, "kill", None)  # an engine in this thread answers or is stuck
             if kill is not None:
-                silence = f"no answer for {now - self._pinged:.0f} s (--step-timeout)"
-                kill(f"the engine was stuck: {silence}")
+                kill(f"the engine was stuck: no answer for {now - self._pinged:.0f} s ({which})")
 
     def _tell(self, callback: Callable[..., None], *arguments: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed before the engine

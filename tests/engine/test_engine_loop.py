@@ -291,6 +291,24 @@ def test_questions_are_answered(tmp_path):
     assert "drop_tables" in answers[3].error
 
 
+@DEPTHS
+def test_a_ping_tells_whether_it_is_idle(tmp_path, run_ahead):
+    """Not while a step is in flight, even if all its requests have ended."""
+    loop = Loop(tmp_path, run_ahead=run_ahead)
+    loop.add(request("a", max_tokens=50))
+    answers = []
+    for messages in ([], [UtilityCall(0, "ping")], [AbortRequests(["a"]), UtilityCall(0, "ping")]):
+        for message in messages:
+            loop.client.send(message)
+        answers.append(loop.client.poll(0.0))
+    while loop.client.engine.has_work or loop.client._outbox:
+        answers.append(loop.client.poll(0.0))
+    loop.client.send(UtilityCall(0, "ping"))
+    answers.append(loop.client.poll(0.0))
+    idle = [answer.value["idle"] for answer in answers if isinstance(answer, UtilityResult)]
+    assert idle == [False, run_ahead == 0, True]
+
+
 def test_an_idle_engine_waits_for_messages(tmp_path):
     loop = Loop(tmp_path)
     begin, cpu = time.monotonic(), time.thread_time()
