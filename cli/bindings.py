@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..core.args import EngineArgs
-from ..core.dtypes import choose_dtype
+from ..core.dtypes import choose_dtype, choose_kv_dtype
 from ..core.model_files import read_hf_config, resolve_model_path
 from ..core.models.decoder import Decoder
 from ..core.models.registry import decoder_spec
@@ -27,20 +27,21 @@ class ShapesOnly:
 
 
 def bindings_of(platform: Platform, args: EngineArgs) -> list[Binding]:
-    """What `args.model` binds in `args.dtype`, with the platform's block size. Raises
-    `TrimaranError`."""
-    hf_config = read_hf_config(resolve_model_path(args.model, args.revision), {})
+    """What `args.model` binds in `args.dtype` and `args.kv_cache_dtype`. Raises `TrimaranError`."""
+    hf_config = read_hf_config(resolve_model_path(args.model, args.revision), args.hf_overrides)
     spec = decoder_spec(hf_config)
-    dtype = choose_dtype(args.dtype, hf_config, platform.capabilities(), platform.name)
+    known, name = platform.capabilities(), platform.name
+    dtype = choose_dtype(args.dtype, hf_config, known, name)
+    kv_dtype = choose_kv_dtype(args.kv_cache_dtype, dtype, known, name)
     device: Any = ShapesOnly()
     binder = OpBinder(platform, device)
     groups = []
     sizes = measure_groups(
-        platform, spec, dtype=dtype, kv_dtype=dtype, block_size=args.block_size, ranks=1
+        platform, spec, dtype=dtype, kv_dtype=kv_dtype, block_size=args.block_size, ranks=1
     )
     for size in sizes:
         attention = spec.attention_spec(
-            size.group, dtype=dtype, kv_dtype=dtype, block_size=size.block_size
+            size.group, dtype=dtype, kv_dtype=kv_dtype, block_size=size.block_size
         )
         groups.append(StepGroup(size.group.layers, attention, binder.attention(attention)))
     buffers = StepBuffers(device, groups, max_tokens=1, max_positions=1)

@@ -14,7 +14,7 @@ from .flags import add_flags, build
 from .serve import add_model, take_model
 
 # What decides between implementations.
-SHOWN = ("platform", "dtype", "block_size", "revision")
+SHOWN = ("platform", "dtype", "kv_cache_dtype", "block_size", "revision", "hf_overrides")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -190,13 +190,21 @@ def test_doctor_as_json():
     assert report["versions"]["trimaran"] and "cpu" in report["platforms"]
 
 
-@pytest.mark.parametrize("flags", [[], ["--platform=strict", "--dtype=float32"]])
-def test_platforms_shows_what_an_engine_binds(flags):
-    report = json.loads(cli("platforms", "--json", *flags).stdout)
+@pytest.mark.parametrize(
+    "given",
+    [
+        [],
+        ["--platform=strict", "--dtype=float32"],
+        ["--kv-cache-dtype=float16", '--hf-overrides={"intermediate_size": 512}'],
+    ],
+)
+def test_platforms_shows_what_an_engine_binds(given):
+    report = json.loads(cli("platforms", "--json", *given).stdout)
     shown = [(one["op"], one["signature"], one["chosen"]) for one in report["ops"]]
-    args = {"max_num_seqs": 2, "max_model_len": "64"}
-    args |= dict(flag[2:].split("=") for flag in flags)
-    client = InprocClient.from_args(EngineArgs(**args))
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    small = ["--max-num-seqs=2", "--max-model-len=64", "--load-format=dummy"]
+    client = InprocClient.from_args(flags.build(EngineArgs, parser.parse_args([*small, *given])))
     try:
         bound = client.engine.executor._rank.binder.report()
         expected = [(one.op, platforms._signature(one.signature), one.chosen) for one in bound]
