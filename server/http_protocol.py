@@ -31,10 +31,32 @@ LINGER_SECONDS = 10.0
 # Of connections beyond the limit, as many as this share of it are told so; more are just closed,
 # before the process has no file left to open.
 SURPLUS_SHARE = 0.25
+TURNED_AWAY_SECONDS = 5.0  # between two lines about those
 # Files that are no connections: the model, sockets and pipes to other processes, logs.
 OTHER_FILES = 512
 CUT_OFF = "trimaran.cut_off"
 SURPLUS = "trimaran.surplus"
+
+
+class TurnedAway:
+    """Connections that were closed without an answer: a line for the first, then one for those of
+    each `TURNED_AWAY_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._quiet = False
+
+    def add(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._count += 1
+        if not self._quiet:
+            self._tell(loop)
+
+    def _tell(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._quiet = self._count > 0
+        if self._quiet:
+            logger.warning("far beyond --max-connections: %d closed without an answer", self._count)
+            self._count = 0
+            loop.call_later(TURNED_AWAY_SECONDS, self._tell, loop)
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -47,6 +69,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     limits = ServerArgs()
     max_connections = limits.max_connections
+    turned_away = TurnedAway()
 
     def __init__(
         self,
@@ -67,6 +90,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         excess = len(self.connections) - self.max_connections
         if excess > self.max_connections * SURPLUS_SHARE:
+            self.turned_away.add(self.loop)
             transport.abort()
             return
         self._surplus = excess > 0
@@ -188,8 +212,12 @@ def protocol_class(args: ServerArgs) -> Callable[..., GuardedProtocol]:
             "at most %d connections, not %d: the limit on open files (ulimit -n) is %d",
             *(room, args.max_connections, files),
         )
-    limits = {"limits": args, "max_connections": min(room, args.max_connections)}
-    return type("Protocol", (GuardedProtocol,), limits)
+    values = {
+        "limits": args,
+        "max_connections": min(room, args.max_connections),
+        "turned_away": TurnedAway(),
+    }
+    return type("Protocol", (GuardedProtocol,), values)
 
 
 def open_files_limit(wanted: int) -> int:

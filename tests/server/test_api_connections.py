@@ -121,6 +121,30 @@ async def test_connections_beyond_the_limit(serve, monkeypatch):
             assert (await client.get("/v1/models")).status_code == 200
 
 
+async def test_connections_closed_without_an_answer_are_counted_in_the_log(
+    serve, caplog, monkeypatch
+):
+    monkeypatch.setattr(http_protocol, "TURNED_AWAY_SECONDS", 0.5)
+    server = serve(max_connections=4)
+
+    def counts():
+        return [line.args[0] for line in caplog.records if "closed without" in line.msg]
+
+    async with server.listen() as url:
+        taken = [await connect(url) for _ in range(5)]
+        for _ in range(2):
+            del caplog.records[:]
+            more = [await connect(url) for _ in range(20)]
+            closed = [asyncio.wait_for(reader.read(), 15) for reader, _ in more]
+            await asyncio.gather(*closed, return_exceptions=True)
+            await eventually(lambda: sum(counts()) == 20)
+            assert counts()[0] == 1 and len(counts()) < 10, "the rest together"
+            await asyncio.sleep(1)  # and nothing more to tell
+            assert sum(counts()) == 20
+        for _, writer in [*taken, *more]:
+            writer.close()
+
+
 @pytest.mark.parametrize(
     ("soft", "hard", "room", "raised"),
     [
