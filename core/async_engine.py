@@ -347,7 +347,7 @@ class AsyncEngine:
     def _fail_all(self, error: EngineDeadError) -> None:
         for request_id in [*self._streams, *self._beams]:
             # An exception of its own for each: a traceback grows with every raise.
-            self._fail(request_id, EngineDeadError(error.message))
+            self._fail(request_id, EngineDeadError(error.message, cause=error.cause))
 
     def _die(self, error: EngineDeadError) -> None:
         logger.error("%s", error)

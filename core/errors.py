@@ -80,11 +80,18 @@ class PlatformError(TrimaranError):
 
 
 class EngineDeadError(TrimaranError):
-    """The engine process ended; the message carries its own exception."""
+    """The engine process ended; the message carries its own exception.
+
+    `cause` is what clients may read of it: an exception's own words may hold paths.
+    """
 
     status = 503
     type = "service_unavailable"
     code = "engine_dead"
+
+    def __init__(self, message: str, *, param: str | None = None, cause: str = "") -> None:
+        super().__init__(message, param=param)
+        self.cause = cause
 
 
 class StepError(TrimaranError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -91,6 +92,23 @@ def describe(error: BaseException) -> tuple[int, dict[str, Any], dict[str, str]]
     return 500, error_body(message, type="internal_error", code=code), {}
 
 
+def log_failure(logger: logging.Logger, what: str, error: BaseException, request_id: str) -> None:
+    """A line about an answer of 500 or more that the HTTP layer has not decided itself. Only
+    what nobody raised on purpose comes with its traceback."""
+    status, _, _ = describe(error)
+    if status < 500 or isinstance(error, HTTPError):
+        return
+    levels = {503: logging.WARNING, 504: logging.INFO}
+    logger.log(
+        levels.get(status, logging.ERROR),
+        "%s: %s",
+        what,
+        error,
+        exc_info=None if isinstance(error, TrimaranError) else error,
+        extra={"request_id": request_id},
+    )
+
+
 def error_response(error: BaseException) -> JSONResponse:
     status, body, headers = describe(error)
     return JSONResponse(body, status=status, headers=headers)
@@ -122,7 +140,8 @@ def _field_name(path: list[str]) -> str:
 def _public(error: TrimaranError) -> str:
     """The engine's own exception may hold paths; what clients read does not."""
     if isinstance(error, EngineDeadError):
-        return "The engine is not running; it may be starting again. Retry shortly."
+        cause = f": {error.cause}" if error.cause else ""
+        return f"The engine is not running{cause}. It may be starting again; retry shortly."
     return error.message
 
 

@@ -28,6 +28,8 @@ _decode = msgspec.json.Decoder().decode
 
 def parse(body: bytes) -> dict[str, Any]:
     """The JSON object in `body`; raises `InvalidRequestError` for anything else."""
+    if not body.strip():
+        raise _bad("The body is empty; it must be a JSON object.")
     try:
         value = _decode(body)
     except RecursionError:

@@ -12,8 +12,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from ..core.errors import TrimaranError
-from .errors import HTTPError, describe
+from .errors import describe, log_failure
 from .http_protocol import CUT_OFF
 from .responses import encode
 
@@ -140,15 +139,8 @@ class EventStream(Response):
             cut_off()
 
     def _describe(self, error: Exception) -> dict[str, Any]:
-        status, body, _ = describe(error)
-        if status >= 500 and not isinstance(error, HTTPError):
-            known = isinstance(error, TrimaranError)
-            logger.error(
-                "stream failed: %s",
-                error,
-                exc_info=None if known else error,
-                extra={"request_id": self._request_id},
-            )
+        log_failure(logger, "stream failed", error, self._request_id)
+        _, body, _ = describe(error)
         return body
 
 

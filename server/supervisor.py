@@ -55,6 +55,7 @@ class Supervisor:
                 return False
             await asyncio.sleep(min(FIRST_PAUSE * 2 ** len(self._restarts), LONGEST_PAUSE))
             self._restarts.append(now)
+            logger.warning("starting the engine again, %d of %d", len(self._restarts), self.limit)
             self.state.metrics.restarts.labels(self.model.name, str(self.model.index)).inc()
             try:
                 await self.model.engine.restart()

@@ -216,17 +216,19 @@ class ProcessClient:
 
     def _describe_death(self, code: int) -> TrimaranError:
         if self._reason is not None:
-            return EngineDeadError(self._reason)
+            return EngineDeadError(self._reason, cause=self._reason)
         words = self._status
         if words is not None and words.kind is not None:
             if self._info is None:  # it never was ready: the user wants the error itself
                 return revive(words.kind, words.message, words.param)
-            return EngineDeadError(f"the engine ended: {words.message}")
+            cause = f"the engine ended with {words.kind}"
+            return EngineDeadError(f"the engine ended: {words.message}", cause=cause)
+        how = f"ended with exit status {code}"
         if code < 0:
             name = signal.Signals(-code).name
             hint = " (perhaps by the kernel, out of memory)" if -code == signal.SIGKILL else ""
-            return EngineDeadError(f"the engine process was killed by {name}{hint}")
-        return EngineDeadError(f"the engine process ended with exit status {code}")
+            how = f"was killed by {name}{hint}"
+        return EngineDeadError(f"the engine process {how}", cause=f"the engine process {how}")
 
     # ------------------------------------------------------------------------------- sockets
 

@@ -9,7 +9,7 @@ import uuid
 
 from starlette.requests import ClientDisconnect
 
-from ..errors import HTTPError, describe, error_response
+from ..errors import HTTPError, error_response, log_failure
 from ..http_protocol import CUT_OFF, SURPLUS
 from ..state import ServerState
 from .asgi import ASGIApp, Message, Receive, Scope, Send, header, route_path
@@ -64,9 +64,7 @@ class OuterMiddleware:
     async def _answer(
         self, error: Exception, request: _Exchange, scope: Scope, receive: Receive
     ) -> None:
-        status, _, _ = describe(error)
-        if status >= 500 and not isinstance(error, HTTPError):
-            logger.error("request failed", exc_info=error, extra={"request_id": request.id})
+        log_failure(logger, "request failed", error, request.id)
         if not request.status:
             await error_response(error)(scope, receive, request.send)
             return

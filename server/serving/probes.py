@@ -22,6 +22,7 @@ class Probes:
         self.state = state
 
     async def models(self, request: Request) -> Response:
+        self._check_loaded()
         data = [_card(model, name) for model in self.state.router for name in model.names]
         return JSONResponse({"object": "list", "data": data})
 
@@ -37,8 +38,7 @@ class Probes:
         """200 while the engine takes requests; 503 while it loads, is dead, or is drained."""
         if self.state.draining:
             raise _unavailable("shutting_down", "The server is shutting down.")
-        if not all(model.ready for model in self.state.router):
-            raise _unavailable("model_loading", "The model is still loading.")
+        self._check_loaded()
         try:
             self.state.router.check_health()
         except EngineDeadError:
@@ -64,6 +64,10 @@ class Probes:
         return Response(
             self.state.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
+
+    def _check_loaded(self) -> None:
+        if not all(model.ready for model in self.state.router):
+            raise _unavailable("model_loading", "The model is still loading.")
 
 
 def _card(model: ServedModel, name: str) -> dict[str, Any]:

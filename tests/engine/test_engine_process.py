@@ -100,6 +100,7 @@ async def test_kill_ends_every_stream_at_once_and_a_restart_serves_again(model, 
         os.kill(pid_of(engine), signal.SIGKILL)
         for _, error, moment in await asyncio.wait_for(asyncio.gather(*streams), 10):
             assert "SIGKILL" in error.message and moment - killed < NOTICED
+            assert error.cause == error.message
         assert engine.num_unfinished == 0
         with pytest.raises(EngineDeadError, match="SIGKILL"):
             engine.health()
@@ -122,6 +123,7 @@ async def test_the_engines_own_words_reach_every_reader(model):
         engine._link._client._to_engine.send_multipart([b"?", b"?"])
         _, error, _ = await asyncio.wait_for(stream, 10)
         assert "WireError: unknown message of 2 frames" in error.message
+        assert error.cause == "the engine ended with WireError"
         with pytest.raises(EngineDeadError, match="WireError"):
             engine.health()
 

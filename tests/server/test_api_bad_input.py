@@ -77,6 +77,12 @@ async def test_bad_json(server, path, body):
     await still_serves(server)
 
 
+@pytest.mark.parametrize("body", [b"", b" \r\n"])
+async def test_an_empty_body_is_called_empty(server, body):
+    response = await server.client.post("/v1/completions", content=body, headers=JSON)
+    assert "body is empty" in error_of(response, 400, "invalid_json")["message"]
+
+
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "json"])
 async def test_wrong_content_type(server, kind):
     headers = {"content-type": kind} if kind else {}
@@ -207,11 +213,34 @@ async def test_an_error_in_mid_stream(server):
     await still_serves(server)
 
 
-async def test_a_deadline(serve):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_dies_tells_why(server, caplog, stream):
+    cause = "the engine process was killed by SIGKILL"
+    when = "fail_later" if stream else "fail_first"
+    setattr(server.engine, when, EngineDeadError("/some/place.py", cause=cause))
+    response = await server.complete(stream=stream)
+    assert f"The engine is not running: {cause}. " in response.text
+    assert '"code":"engine_dead"' in response.text and "place" not in response.text
+    (line,) = [one for one in caplog.records if "failed" in one.message]
+    assert line.levelname == "WARNING" and line.exc_info is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError("odd"), StepError("known")])
+async def test_what_nobody_foresaw_is_logged_with_its_place(server, caplog, error):
+    server.engine.fail_first = error
+    await server.complete()
+    (line,) = [one for one in caplog.records if "failed" in one.message]
+    assert line.levelname == "ERROR" and bool(line.exc_info) == isinstance(error, RuntimeError)
+
+
+async def test_a_deadline(serve, caplog):
+    caplog.set_level("INFO")
     server = serve(FakeEngine(pause=0.05, piece=1))
     error_of(await server.complete(timeout_ms=20), 504, "deadline_exceeded")
     response = await server.complete(timeout_ms=120, stream=True)
     assert '"code":"deadline_exceeded"' in response.text
+    lines = [one for one in caplog.records if "failed" in one.message]
+    assert [(one.levelname, one.exc_info) for one in lines] == [("INFO", None)] * 2
     assert (await server.complete(timeout_ms=10_000, max_tokens=2)).status_code == 200
     assert server.engine.open == set()
 
@@ -245,9 +274,12 @@ async def test_contradictions(server):
 
 async def test_while_loading_and_draining(server):
     server.model.ready = False
-    for path in ("/readyz", "/health"):
-        error_of(await server.client.get(path), 503, "model_loading")
-    assert (await server.client.get("/livez")).status_code == 200
+    for path in ("/readyz", "/health", "/ping", "/v1/models", "/v1/models/x"):
+        response = await server.client.get(path)
+        error_of(response, 503, "model_loading")
+        assert response.headers["retry-after"]
+    for path in ("/livez", "/version", "/load", "/metrics", "/openapi.json"):
+        assert (await server.client.get(path)).status_code == 200
     response = await server.complete()
     error_of(response, 503, "model_loading")
     assert response.headers["retry-after"]

@@ -47,6 +47,7 @@ def test_a_killed_engine_is_started_again(launch):
         assert time.monotonic() - start < 2.5
     assert last["error"]["code"] == "engine_dead"
     assert set(last["error"]) == {"message", "type", "param", "code"}
+    assert "killed by SIGKILL" in last["error"]["message"]
     wait_until(lambda: server.status("/health") == 503, 2)
     refused = server.complete()
     assert refused.status_code == 503 and refused.headers["retry-after"]

@@ -36,6 +36,7 @@ async def test_any_failed_restart_is_an_attempt(server, caplog, error):
             await asyncio.sleep(0.01)
     task.cancel()
     assert caplog.text.count(f"did not start again: {error}") == 2
+    assert all(f"starting the engine again, {one} of 3" in caplog.text for one in (1, 2, 3))
 
 
 async def test_attempts_that_fail_count_against_the_limit(server):
