@@ -203,21 +203,27 @@ class RankGroup:
             late = time.monotonic() - self._timeout
             stuck = [m for m in self._members if m.reported < self._sent and m.busy_since < late]
             if stuck:
+                step_id = stuck[0].reported + 1
                 ranks = ", ".join(f"rank {member.rank}" for member in stuck)
+                if not self._first_is_done(step_id):
+                    ranks += ", nor by rank 0 (one that hangs keeps the others waiting),"
                 self._fail(
-                    f"step {stuck[0].reported + 1} of the parallel group is stuck: not finished by "
-                    f"{ranks} in {self._timeout:g} s (--step-timeout)"
+                    f"step {step_id} of the parallel group is stuck: not finished by {ranks} in "
+                    f"{self._timeout:g} s (--step-timeout)"
                 )
 
     def _comes_to_an_end(self, step_id: int) -> bool:
         """Or is the first rank stuck in a collective that another one will never reach?"""
         deadline = time.monotonic() + GRACE
         while time.monotonic() < deadline and not self._closing:
-            step = self._steps.get(step_id)
-            if self._settled >= step_id or (step is not None and step.done()):
+            if self._first_is_done(step_id):
                 return True
             time.sleep(0.02)
         return self._closing
+
+    def _first_is_done(self, step_id: int) -> bool:
+        step = self._steps.get(step_id)
+        return self._settled >= step_id or (step is not None and step.done())
 
     def _fail(self, reason: str) -> None:
         """The group cannot go on: end every child, which frees a rank that waits for them."""
