@@ -41,9 +41,11 @@ def run(namespace: argparse.Namespace) -> int:
         config_file.merge(namespace, namespace.config, EngineArgs, ServerArgs)
     engine_args, args = build(EngineArgs, namespace), build(ServerArgs, namespace)
     try:
-        # The port first: whoever gave a wrong one learns it before anything is loaded.
+        # Keys and port first: whoever gave wrong ones learns it before anything is loaded.
+        from ..server.keys import read_keys
         from ..server.listen import open_socket
 
+        keys = read_keys(args)
         sock = open_socket(args)
         # Until the server handles signals itself: leaving while modules load is a clean end, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
@@ -55,4 +57,4 @@ def run(namespace: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
-    serve(engine_args, args, sock)
+    serve(engine_args, args, sock, keys)

@@ -6,6 +6,7 @@ CLI flags derive from the fields: the `help` in a field's metadata is the flag's
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,17 @@ from .errors import ConfigError
 DEFAULT_MODEL = "default"
 # Fields that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
 SIZE_FIELDS = ("max_model_len", "kv_cache_memory_bytes")
+# Numbers of an engine that mean nothing below one.
+AT_LEAST_ONE = (
+    "num_threads",
+    "num_gpu_blocks_override",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
+    "tensor_parallel_size",
+    "step_timeout",
+)
 # Limits of the server that would refuse everything.
 ABOVE_ZERO = (
     "max_body_bytes",
@@ -22,6 +34,24 @@ ABOVE_ZERO = (
     "max_connections",
     "max_stream_buffer",
 )
+
+
+_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+def parse_size(text: str | int, param: str) -> int:
+    """`16384`, `16k` (16,000), `16K` (16,384), `1.5m`, `2G` → a positive integer."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgKMG]?)(?:i?[bB])?\s*", str(text))
+    value = int(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
+    if match and "." not in match[1]:
+        value = int(match[1]) * _SUFFIXES[match[2]]
+    if value <= 0:
+        raise ConfigError(
+            f"{param} is {text!r}: a positive number is wanted, with k, m, g (1000s) or K, M, G "
+            "(1024s) behind it if you like.",
+            param=param,
+        )
+    return value
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -109,6 +139,24 @@ class EngineArgs:
         for name in SIZE_FIELDS:
             if isinstance(getattr(self, name), int):
                 object.__setattr__(self, name, str(getattr(self, name)))
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        """What is wrong whatever the model: said here, before anything is started."""
+        for name in AT_LEAST_ONE:
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)
+        share = self.gpu_memory_utilization
+        if not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization is {share}; it must be in (0, 1].",
+                param="gpu_memory_utilization",
+            )
+        for name in SIZE_FIELDS:
+            size = getattr(self, name)
+            if size is not None and (name, size) != ("max_model_len", "auto"):
+                parse_size(size, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..platforms.interface import Capabilities, MemoryInfo, Platform, StepLimits
+from .args import parse_size
 from .config import (
     CacheConfig,
     EngineArgs,
@@ -34,7 +35,6 @@ from .sizing import (
     longest_that_fits,
     make_cache_groups,
     measure_groups,
-    parse_size,
     readable,
     weight_bytes,
 )
@@ -93,30 +93,10 @@ class _Lengths:
     num_seqs: int
 
 
-_POSITIVE = (
-    "num_threads",
-    "num_gpu_blocks_override",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "max_num_queued_reqs",
-    "max_num_queued_tokens",
-    "tensor_parallel_size",
-    "step_timeout",
-)
-
-
-def _check_positive(args: EngineArgs) -> None:
-    for name in _POSITIVE:
-        value = getattr(args, name)
-        if value is not None and not value >= 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1.", param=name)
-
-
 class _Resolution:
     """One pass over the arguments; every method decides one thing."""
 
     def __init__(self, args: EngineArgs, platform: Platform) -> None:
-        _check_positive(args)
         self._args = args
         self._platform = platform
         self._capabilities: Capabilities = platform.capabilities(args.device)

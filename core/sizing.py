@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,23 +15,6 @@ from .ops import OpBinder
 
 HOST_SHARE = 0.5
 """Most of a host's free memory that a KV cache takes unasked: others live there too."""
-
-_SUFFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
-
-
-def parse_size(text: str | int, param: str) -> int:
-    """`16384`, `16k` (16,000), `16K` (16,384), `1.5m`, `2G` → a positive integer."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgKMG]?)(?:i?[bB])?\s*", str(text))
-    value = int(float(match[1]) * _SUFFIXES[match[2]]) if match else 0
-    if match and "." not in match[1]:
-        value = int(match[1]) * _SUFFIXES[match[2]]
-    if value <= 0:
-        raise ConfigError(
-            f"{param} is {text!r}: a positive number is wanted, with k, m, g (1000s) or K, M, G "
-            "(1024s) behind it if you like.",
-            param=param,
-        )
-    return value
 
 
 def readable(size: float) -> str:
@@ -196,11 +178,6 @@ def default_budget(
 ) -> int:
     """Bytes for one rank's KV cache: what `share` of the memory leaves beside `weights` bytes of
     the whole model. On a host, where all ranks share what is free, at most HOST_SHARE of it."""
-    if not 0 < share <= 1:
-        raise ConfigError(
-            f"gpu_memory_utilization is {share}; it must be in (0, 1].",
-            param="gpu_memory_utilization",
-        )
     if on_host:
         return int((memory.free - weights) * min(share, HOST_SHARE)) // ranks
     return int(min(memory.total * share, memory.free) - weights / ranks)

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -21,7 +21,7 @@ from .. import __version__
 from ..core.args import EngineArgs, ServerArgs
 from ..core.async_engine import AsyncEngine
 from ..core.env import read_environment
-from ..core.errors import ConfigError, TrimaranError
+from ..core.errors import TrimaranError
 from ..core.log_lines import escape
 from . import logs
 from .app import create_app
@@ -173,29 +173,14 @@ def _log_failures(*tasks: asyncio.Task[None]) -> None:
             logger.error("the server cannot go on", exc_info=error)
 
 
-def read_keys(args: ServerArgs) -> KeyRing:
-    """Keys of the flags, the file and the environment."""
-    keys = [*args.api_key, *read_environment().api_keys]
-    if args.api_key_file is not None:
-        try:
-            lines = Path(args.api_key_file).read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--api-key-file {args.api_key_file}: {error}.") from None
-        found = [line.strip() for line in lines if line.strip() and line[0] != "#"]
-        if not found:
-            raise ConfigError(f"--api-key-file {args.api_key_file} holds no key.")
-        keys += found
-    if any(not key.strip() for key in keys):
-        raise ConfigError("--api-key: a key is empty.")
-    return KeyRing(keys)
-
-
-def serve(engine_args: EngineArgs, args: ServerArgs, sock: socket.socket) -> NoReturn:
+def serve(
+    engine_args: EngineArgs, args: ServerArgs, sock: socket.socket, keys: Sequence[str]
+) -> NoReturn:
     """Runs the server on a socket that listens already, and ends the process."""
     log = logs.configure(read_environment().log_level or args.log_level, args.log_format)
     out = logs.DroppingHandler(sys.stdout)
     try:
-        status = _serve(engine_args, args, sock, log, out)
+        status = _serve(engine_args, args, sock, KeyRing(keys), log, out)
     except TrimaranError as error:
         _say(error, log, args)
         status = 1
@@ -224,10 +209,10 @@ def _serve(
     engine_args: EngineArgs,
     args: ServerArgs,
     sock: socket.socket,
+    keys: KeyRing,
     log: logs.DroppingHandler,
     out: logs.DroppingHandler,
 ) -> int:
-    keys = read_keys(args)
     if not keys and not args.uds and not is_loopback(args.host):
         logger.warning("no --api-key is set: whoever reaches %s may use this server", args.host)
 

@@ -150,6 +150,13 @@ def test_a_port_in_use(model):
     assert "Traceback" not in error and "KV cache" not in error
 
 
+@pytest.mark.parametrize("flag", ["--max-model-len=abc", "--api-key-file=/no/such/file"])
+def test_a_wrong_value_is_found_at_once(model, flag):
+    status, error, seconds = serve_in_vain(str(model), "--port=0", flag)
+    assert status == 1 and seconds < 2
+    assert error.startswith("trimaran: error: ") and len(error.splitlines()) == 1
+
+
 def test_a_model_that_is_not_there(tmp_path):
     status, error, _ = serve_in_vain(str(tmp_path / "none"), "--port=0")
     assert status == 1 and "ERROR" not in error and "Traceback" not in error

@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from trimaran.core import resolve as resolve_module
-from trimaran.core.args import EngineArgs
+from trimaran.core.args import EngineArgs, parse_size
 from trimaran.core.config import EngineConfig
 from trimaran.core.engine.wire import Launch, decode_launch, encode_line
 from trimaran.core.errors import ConfigError, KVMemoryError, ModelLoadError, PlatformError
 from trimaran.core.log_lines import LogStyle
 from trimaran.core.model_files import resolve_model_path
 from trimaran.core.resolve import resolve
-from trimaran.core.sizing import parse_size
 from trimaran.platforms.interface import Finding, Platform, StepLimits
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 
@@ -347,9 +346,25 @@ def test_run_ahead(model: Callable[..., str], caplog: pytest.LogCaptureFixture) 
         "tensor_parallel_size",
     ],
 )
-def test_numbers_below_one(model: Callable[..., str], name: str) -> None:
+def test_numbers_below_one(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0"):
-        make(model(), **{name: 0})
+        EngineArgs(**{name: 0})  # without a model
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_model_len", "abc"),
+        ("max_model_len", "0"),
+        ("kv_cache_memory_bytes", "auto"),
+        ("gpu_memory_utilization", 0.0),
+        ("gpu_memory_utilization", 3.0),
+        ("gpu_memory_utilization", float("nan")),
+    ],
+)
+def test_values_that_fit_no_model(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is .*{value}"):
+        EngineArgs(**{name: value})
 
 
 def test_devices(model: Callable[..., str]) -> None:
