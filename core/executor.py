@@ -10,7 +10,7 @@ from typing import Protocol
 from ..platforms.interface import Device, GroupSpec, Platform
 from .config import EngineConfig
 from .distributed.group import open_group
-from .errors import ConfigError
+from .errors import ConfigError, PlatformError
 from .models.decoder import Decoder
 from .models.loader import load_model
 from .models.registry import decoder_spec
@@ -101,7 +101,14 @@ class Rank:
 def _device_index(platform: Platform, config: EngineConfig, rank: int) -> int:
     """Ranks take devices in turn, from the configured one on; on a host they share the one."""
     indices = [info.index for info in platform.probe().devices]
-    first = indices.index(config.platform.device)  # `resolve` saw to it that it is there
+    if config.platform.device not in indices:  # `resolve` found it, in another process perhaps
+        raise PlatformError(
+            f"rank {rank} does not see device {config.platform.device} of platform "
+            f"{config.platform.name!r}, only {indices}. The platform's process_env must leave the "
+            "devices of a rank as the first process sees them, neither hidden nor renumbered.",
+            param="device",
+        )
+    first = indices.index(config.platform.device)
     return indices[(first + rank) % len(indices)]
 
 
