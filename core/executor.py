@@ -155,7 +155,7 @@ def open_executor(config: EngineConfig) -> Executor:
         from .executor_group import GroupExecutor  # lazy: msgspec belongs to the server extra
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"tensor_parallel_size > 1 needs {error.name}: pip install 'trimaran[server]'.",
+            f"tensor_parallel_size > 1 needs {error.name}: pip install '.[server]'.",
             param="tensor_parallel_size",
         ) from None
     return GroupExecutor(config)

@@ -208,7 +208,9 @@ def protocol_class(args: ServerArgs) -> Callable[..., GuardedProtocol]:
     # Under a very low limit half of it is for connections: to refuse all would be no help.
     room = int(max(files - OTHER_FILES, files / 2) / (1 + SURPLUS_SHARE))
     if room < args.max_connections:
-        logger.warning(
+        asked = args.max_connections != ServerArgs.max_connections  # who did not, minds little
+        logger.log(
+            logging.WARNING if asked else logging.DEBUG,
             "at most %d connections, not %d: the limit on open files (ulimit -n) is %d",
             *(room, args.max_connections, files),
         )

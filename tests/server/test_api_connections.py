@@ -170,6 +170,14 @@ def test_limits_that_refuse_everything_are_refused(name, value):
         ServerArgs(**{name: value})
 
 
+@pytest.mark.parametrize(("asked", "level"), [({}, "DEBUG"), ({"max_connections": 500}, "WARNING")])
+def test_fewer_connections_are_worth_a_warning_to_who_asked(monkeypatch, caplog, asked, level):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 256))
+    caplog.set_level("DEBUG")
+    assert protocol_class(ServerArgs(**asked)).max_connections == 102
+    assert [one.levelname for one in caplog.records if "ulimit" in one.message] == [level]
+
+
 def test_no_more_connections_than_files(caplog, request):
     files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard)))
