@@ -137,7 +137,7 @@ def test_every_line_of_server_and_engine_is_json(tmp_path, fault):
     server = RealServer(
         make_model(tmp_path),
         "--log-format=json",
-        *(["--max-model-len=9999999"] if fault else []),
+        *(["--max-model-len=9999999", "--log-level=debug"] if fault else []),
         stdout=subprocess.DEVNULL,
     )
     try:
