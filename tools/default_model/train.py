@@ -1,4 +1,4 @@
-"""Trains the default model from scratch on the generated world, on a CPU in under an hour.
+"""Trains the default model from scratch on the generated world, on one CPU core in about an hour.
 
     python tools/default_model/build_tokenizer.py
     python tools/default_model/train.py
