@@ -188,9 +188,12 @@ class Request:
             return FinishReason.STOP
         return FinishReason.LENGTH if total >= self.max_total else None
 
-    def truncate(self, num_generated: int) -> None:
-        """Cut what was generated beyond `num_generated` tokens."""
-        del self.tokens[self.num_prompt + max(0, num_generated) :]
+    def truncate(self, num_generated: int) -> int:
+        """Cut what was generated beyond `num_generated` tokens; returns how many went."""
+        keep = self.num_prompt + max(0, num_generated)
+        dropped = max(0, len(self.tokens) - keep)
+        del self.tokens[keep:]
+        return dropped
 
     def __repr__(self) -> str:
         state = self.status.value + (f"({self.block_reason})" if self.block_reason else "")

@@ -88,7 +88,7 @@ class Scheduler:
         rest. Ignored if the sequence has already ended."""
         for child in self.sequences.by_id.get(request_id, ()):
             if child.index == index and not child.origin.beam:
-                child.truncate(at_token)
+                self.sequences.num_tokens_discarded += child.truncate(at_token)
                 self.settlement.end(child, FinishReason.STOP)
                 self.admission.quarantine.served(child)
                 return
@@ -362,6 +362,7 @@ class Scheduler:
             prefix_hits=self.kv.prefix_hits,
             prompt_tokens=self._num_prompt_tokens,
             generation_tokens=self.sequences.num_tokens_generated,
+            discarded_tokens=self.sequences.num_tokens_discarded,
             last_step_tokens=self._last_step_tokens,
             num_quarantined=self.admission.quarantine.num_quarantined,
         )

@@ -58,8 +58,10 @@ class Sequences:
         self.updated_step = -1
         self.num_blocked = 0
         self.num_preemptions = 0
-        # What a stop string cuts off later stays counted: a counter never steps back.
+        # What a stop string cuts off later stays counted here, and is counted there too: a counter
+        # never steps back.
         self.num_tokens_generated = 0
+        self.num_tokens_discarded = 0
         self._free_rows = list(range(max_num_seqs))
         self._removed_rows: list[int] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .admission import Quarantine
 from .engine.messages import BeamOutput, SequenceOutput
+from .errors import EngineDeadError
 from .kv.manager import KVManager
 from .plan import StepOutput
 from .request import Request, Status
@@ -48,11 +49,12 @@ class Settlement:
         self._kv = kv
         self._sequences = sequences
         self._quarantine = quarantine
-        self.streak = FailureStreak()
+        self._streak = FailureStreak()
         self._outputs: list[SequenceOutput] = []
 
     def settle(self, step: StepInFlight, output: StepOutput) -> list[BeamOutput]:
-        """Account for a step that is over, and free the blocks that were left to it."""
+        """Account for a step that is over, and free the blocks that were left to it. Raises
+        EngineDeadError when steps fail whatever they compute."""
         beams: list[BeamOutput] = []
         if output.error is not None:
             self._fail_step(step, output.error)
@@ -61,8 +63,13 @@ class Settlement:
         else:
             self._take_rows(step, output)
         if output.error is None and step.requests:
-            self.streak.end()
+            self._streak.end()
         self._kv.end_step(step.plan.step_id)
+        if self._streak.hopeless:
+            raise EngineDeadError(
+                f"{self._streak.num_steps} steps in a row failed, of different requests: the "
+                f"device seems to be broken; at last: {output.error}"
+            )
         return beams
 
     def _take_rows(self, step: StepInFlight, output: StepOutput) -> None:
@@ -196,7 +203,7 @@ class Settlement:
             if request.request_id in self._sequences.by_id and not request.finished:
                 prompts.add(self._quarantine.failed(request, alone))
                 self.end_request(request.request_id, FinishReason.ERROR, error)
-        self.streak.add(prompts)
+        self._streak.add(prompts)
         for children in self._sequences.by_id.values():
             self._quarantine.watch(children)
             self._sequences.note_suspects(children)

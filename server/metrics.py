@@ -42,6 +42,11 @@ class EngineCollector(Collector):
         ("prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prefix_queries),
         ("prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_hits),
         (
+            "discarded_tokens",
+            "Generated tokens that a stop string cut off.",
+            lambda s: s.discarded_tokens,
+        ),
+        (
             "num_quarantined",
             "Prompts refused for a while: they failed a step of their own.",
             lambda s: s.num_quarantined,

@@ -178,14 +178,7 @@ class Engine:
         plan, handle = self._in_flight[0]
         output = self._result(plan, handle)
         self._in_flight.popleft()
-        results = self.scheduler.update(plan, output)
-        streak = self.scheduler.settlement.streak
-        if streak.hopeless:
-            raise EngineDeadError(
-                f"{streak.num_steps} steps in a row failed, of different requests: the device "
-                f"seems to be broken; at last: {output.error}"
-            )
-        return results
+        return self.scheduler.update(plan, output)
 
     def _result(self, plan: StepPlan, handle: StepHandle) -> StepOutput:
         try:

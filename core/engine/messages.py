@@ -96,7 +96,8 @@ class RejectedRequest:
 @dataclass(slots=True)
 class EngineStats:
     """Gauges now, counters since start. `kv_*` are blocks over all cache groups;
-    `generation_tokens` are those that rows yielded, what a stop string cut off later included.
+    `generation_tokens` are those that rows yielded; `discarded_tokens`, the part of them that a
+    stop string cut off later, are not billed.
     """
 
     step_id: int = 0
@@ -110,6 +111,7 @@ class EngineStats:
     prefix_hits: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    discarded_tokens: int = 0
     last_step_tokens: int = 0
     num_quarantined: int = 0
 

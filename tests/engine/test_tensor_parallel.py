@@ -199,4 +199,5 @@ def test_ranks_end_with_their_parent() -> None:
         child = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
         _, alive = psutil.wait_procs([child], timeout=2)
-    assert not alive
+    # Who adopts the orphan may take its time to collect it.
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)

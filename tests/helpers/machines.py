@@ -235,12 +235,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._check_beams()
 
     def _check_counter(self) -> None:
-        kept = 0
+        """Every token that was told is counted, and what `finish` cut off of them."""
+        told = cut = 0
         for key, result in self.engine.results.items():
-            kept += min(len(result.tokens), self.cuts.get(key, len(result.tokens)))
+            told += len(result.tokens)
+            cut += max(0, len(result.tokens) - self.cuts.get(key, len(result.tokens)))
         for beam in self.engine.beams.values():
-            kept += sum(len(tokens) for tokens in beam.token_ids)
-        assert self.engine.scheduler.stats().generation_tokens == kept, "billed what was cut"
+            told += sum(len(tokens) for tokens in beam.token_ids)
+        stats = self.engine.scheduler.stats()
+        assert (stats.generation_tokens, stats.discarded_tokens) == (told, cut)
 
     def _check_beams(self) -> None:
         for request_id, found in self.engine.beams.items():

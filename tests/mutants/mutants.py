@@ -420,7 +420,7 @@ def queued_tokens_not_given_back(patch: Patch) -> None:
 
 @mutant(SchedulerMachine)
 def finish_does_not_truncate(patch: Patch) -> None:
-    patch.set(Request, "truncate", lambda self, num_generated: None)
+    patch.set(Request, "truncate", lambda self, num_generated: 0)
 
 
 @mutant(SchedulerMachine)

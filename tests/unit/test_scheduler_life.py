@@ -127,6 +127,7 @@ def test_finish_cuts_and_does_not_bill(run_ahead: int) -> None:
     assert engine.results[request, 0].finish_reason is FinishReason.STOP
     assert len(engine.results[request, 0].tokens) == 6, "nothing is emitted after the cut"
     assert engine.scheduler.stats().generation_tokens == 6 + 3
+    assert engine.scheduler.stats().discarded_tokens == 2
     engine.check_drained()
 
 

@@ -76,8 +76,8 @@ def test_truncate() -> None:
     request = make(max_tokens=9)
     for token in (1, 3, 4):
         request.append(token)
-    for keep, left in ((5, [1, 3, 4]), (1, [1]), (-1, [])):
-        request.truncate(keep)
+    for keep, dropped, left in ((5, 0, [1, 3, 4]), (1, 2, [1]), (-1, 1, [])):
+        assert request.truncate(keep) == dropped
         assert request.tokens[request.num_prompt :] == left
 
 
