@@ -50,7 +50,7 @@ chat: install ## talk to the model in the terminal
 	@$(BIN)/trimaran chat $(ARGS)
 
 test: install ## the tests that need neither much time nor an accelerator
-	@$(BIN)/pytest -m 'not slow and not soak and not device' $(ARGS)
+	@$(BIN)/pytest -m 'not slow and not device' $(ARGS)
 
 check: install ## format, lint, types, layers, leaks, sizes
 	@ci/check
