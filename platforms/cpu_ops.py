@@ -43,7 +43,8 @@ def _onednn_pack(weight: Tensor) -> Tensor:
 
 def _onednn_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     rows = len(x)
-    x = F.pad(x, (0, 0, 0, few_sizes(rows) - rows))
+    if padding := few_sizes(rows) - rows:  # F.pad copies even where it adds nothing
+        x = F.pad(x, (0, 0, 0, padding))
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y[:rows]
 
@@ -90,7 +91,9 @@ class Linear(CpuOp):
     def supports(self, sig: OpSignature) -> Support:
         if sig.dtype == torch.float32:
             return Support.yes("F.linear")
-        refusal = onednn_refusal() if sig.dtype == torch.bfloat16 else "not bfloat16"
+        refusal = (
+            onednn_refusal() if sig.dtype == torch.bfloat16 else "oneDNN's layout is for bfloat16"
+        )
         return Support.yes(f"fp32: {refusal}" if refusal else "oneDNN, weight packed once")
 
     def __call__(self, *args: Any) -> Any:

@@ -52,3 +52,12 @@ def test_rope_notices_that_the_step_changed() -> None:
         rope(query, key, buffer[:, :3], other)[0],
         OPS["rope"].reference(query, key, buffer[:, :3], other)[0],
     )
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 70])
+def test_padded_rows_change_nothing(rows: int) -> None:
+    """In fp32, so that it runs where oneDNN multiplies no bfloat16 too."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(rows, 64), torch.randn(96, 64), torch.randn(96)
+    found = cpu_ops._onednn_linear(x, cpu_ops._onednn_pack(weight), bias)
+    torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
