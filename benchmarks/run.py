@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -134,34 +134,29 @@ def measure(peers: list[Peer], vocab: int, names: list[str]) -> dict[str, dict[s
 
 def rounds(
     peers: list[Peer], vocab: int, names: list[str], count: int
-) -> tuple[list[dict[str, Any]], int]:
-    """`count` rounds whose canary held, of at most twice as many; and how many were dropped."""
-    kept: list[dict[str, Any]] = []
-    spare: list[dict[str, Any]] = []
+) -> Iterator[list[dict[str, Any]]]:
+    """All rounds so far, after each of them, until `count` have held; at most twice as many."""
+    entries: list[dict[str, Any]] = []
     with Progress(console=console) as progress:
         task = progress.add_task("rounds", total=count)
-        for _ in range(2 * count):
+        while len(quiet(entries)) < count and len(entries) < 2 * count:
             before = canary.canary()
             results = measure(peers, vocab, names)
             after = canary.canary()
-            entry = {"before": before, "after": after, "results": results}
             held = not canary.moved(before, after)
+            entries.append({"before": before, "after": after, "held": held, "results": results})
             seconds = {
                 name: {peer: round(result["seconds"], 2) for peer, result in found.items()}
                 for name, found in results.items()
             }
             progress.console.print("quiet" if held else "noisy", seconds)
-            (kept if held else spare).append(entry)
             progress.update(task, advance=int(held))
-            if len(kept) == count:
-                break
-    if len(kept) < count:
-        # A noisy machine: say so in the result rather than wait for ever.
-        console.print(
-            f"[yellow]only {len(kept)} quiet rounds; {len(spare)} noisy ones are used too"
-        )
-        return kept + spare, -len(spare)
-    return kept, len(spare)
+            yield entries
+
+
+def quiet(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rounds during which the machine held its speed."""
+    return [entry for entry in entries if entry["held"]]
 
 
 def summarise(kept: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
@@ -271,19 +266,7 @@ def main() -> None:
     dtype = getattr(canary.torch, args.dtype)
     model = shapes.make_checkpoint(args.shape, args.cache, dtype)
     peers = [Peer(name) for name in (OURS, *args.peers)]
-    try:
-        load = {
-            peer.name: peer.ask("load", model=str(model), dtype=args.dtype, threads=args.threads)
-            for peer in peers
-        }
-        agreed = agreement(peers, sizes["vocab_size"])
-        console.print("agreement", agreed)
-        measure(peers, sizes["vocab_size"], ["batch1"])  # warm-up, not counted
-        kept, dropped = rounds(peers, sizes["vocab_size"], args.workloads, args.rounds)
-    finally:
-        for peer in peers:
-            peer.close()
-    report = {
+    report: dict[str, Any] = {
         "command": " ".join(["benchmarks/run.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": canary.describe_machine(),
@@ -291,16 +274,38 @@ def main() -> None:
         "dtype": args.dtype,
         "peers": [peer.name for peer in peers],
         "versions": _versions(),
-        "load_seconds": {name: round(value["seconds"], 2) for name, value in load.items()},
-        "agreement": agreed,
-        "limits": asdict(Limits(sizes, **canary.canary())),
-        "rounds": len(kept),
-        "dropped_rounds": dropped,
-        "summary": summarise(kept, sizes),
-        "raw": kept,
     }
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        load = {
+            peer.name: peer.ask("load", model=str(model), dtype=args.dtype, threads=args.threads)
+            for peer in peers
+        }
+        report["load_seconds"] = {name: round(value["seconds"], 2) for name, value in load.items()}
+        report["agreement"] = agreement(peers, sizes["vocab_size"])
+        console.print("agreement", report["agreement"])
+        measure(peers, sizes["vocab_size"], ["batch1"])  # warm-up, not counted
+        for entries in rounds(peers, sizes["vocab_size"], args.workloads, args.rounds):
+            # Rounds may take many minutes: what is measured is on disk.
+            report |= outcome(entries, args.rounds, sizes)
+            args.output.write_text(json.dumps(report, indent=1) + "\n")
+    finally:
+        for peer in peers:
+            peer.close()
     show(report)
+
+
+def outcome(entries: list[dict[str, Any]], count: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """The quiet rounds in figures; all rounds, where the machine did not hold for `count`."""
+    kept = quiet(entries)
+    used = kept if len(kept) == count else entries
+    return {
+        "rounds": len(used),
+        "noisy_rounds_used": len(used) - len(kept),
+        "noisy_rounds_dropped": len(entries) - len(used),
+        "limits": asdict(Limits(sizes, **entries[-1]["after"])),
+        "summary": summarise(used, sizes),
+        "raw": used,
+    }
 
 
 def _versions() -> dict[str, str]:

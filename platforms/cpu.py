@@ -1,4 +1,4 @@
-"""The x86 CPU: torch and oneDNN on the host's own memory and cores."""
+"""The x86 CPU: torch, oneDNN and FBGEMM on the host's own memory and cores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from . import host
 from .attention_reference import ReferenceAttention
 from .attention_torch import TorchPagedAttention
-from .cpu_ops import CpuDensePacker, cpu_ops, onednn_refusal
+from .cpu_linear import CpuDensePacker, linear_road
+from .cpu_ops import cpu_ops
 from .host_device import HostDevice
 from .interface import (
     ApiRange,
@@ -84,5 +85,5 @@ class CpuPlatform(Platform):
             "isa": host.isa(flags),
             "cores": str(host.physical_cores()),
             "bfloat16": "native" if flags & _BF16_FLAGS else "emulated",
-            "linear": onednn_refusal() or "oneDNN, bfloat16 weights packed once",
+            "linear": f"bfloat16 by {linear_road(torch.bfloat16)}",
         }

@@ -254,12 +254,12 @@ class AttentionImpl(ABC):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A linear layer's weight in a platform's own layout; `tensors` belong to `format`'s packer.
-    `shape` is (out_features, in_features)."""
+    """A linear layer's weight in a platform's own layout; `tensors` (or a library's own objects)
+    belong to `format`'s packer. `shape` is (out_features, in_features)."""
 
     format: str
     shape: tuple[int, int]
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Any, ...]
 
 
 class WeightPacker(ABC):

@@ -1,4 +1,4 @@
-"""What the cpu platform's ops do beyond their references: pieces, few sizes, what a step shares."""
+"""What the cpu platform's ops do beyond their references: packed weights, few sizes, one step."""
 
 from __future__ import annotations
 
@@ -6,30 +6,48 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from trimaran.platforms import cpu_ops
+from trimaran.platforms import cpu_linear, cpu_ops
 from trimaran.platforms.interface import PackedWeight
 from trimaran.platforms.ops import DENSE, OPS
 
 
+def packed(weight: torch.Tensor) -> PackedWeight:
+    out_features, in_features = weight.shape
+    return cpu_linear.CpuDensePacker().pack({"weight": weight}, (out_features, in_features))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [5, 40])
-def test_a_weight_wider_than_one_piece_is_whole(
-    dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("scale", [0.0, 1e-5, 1e-3, 1.0, 1e4], ids=str)
+def test_packed_weights_multiply_as_plain_ones(
+    dtype: torch.dtype, rows: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On every processor by FBGEMM, which makes bfloat16 into fp16: from 1e-5 that is refused."""
+    monkeypatch.setattr(cpu_linear, "onednn_refusal", lambda: "not in this test")
     torch.manual_seed(0)
-    linear = cpu_ops.Linear()
-    for width, pieces in ((64, 7 * 64), (96, 10), (32, 1 << 20)):  # 10: not even one row fits
-        monkeypatch.setattr(cpu_ops, "WIDENED", pieces)
-        x, weight = torch.randn(rows, width).to(dtype), torch.randn(50, width).to(dtype)
-        bias = torch.randn(50).to(dtype)
-        found = linear(x, PackedWeight(DENSE, (50, width), (weight,)), bias)
-        expected = F.linear(x.float(), weight.float(), bias.float()).to(dtype)
+    whole = torch.randn(rows, 200).to(dtype)
+    x, weight = whole[:, 50:150], torch.randn(50, 100).mul(scale).to(dtype)  # x: not contiguous
+    bias = torch.randn(50).to(dtype)
+    layer = packed(weight)
+    assert layer.format == (DENSE if scale == 1e-5 else cpu_linear.FBGEMM)
+    for summand in (None, bias):
+        found = cpu_linear.Linear()(x, layer, summand)
+        widened = None if summand is None else summand.float()
+        expected = F.linear(x.float(), weight.float(), widened).to(dtype)
         assert found.is_contiguous() and found.dtype == dtype
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("value", [1e5, float("inf"), float("nan")])
+def test_a_weight_beyond_fp16_stays_as_it_is(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_linear, "onednn_refusal", lambda: "not in this test")
+    weight = torch.ones(8, 8).bfloat16()
+    weight[3, 4] = value
+    assert packed(weight).tensors[0] is weight
+
+
 def test_row_counts_come_in_few_sizes() -> None:
-    sizes = [cpu_ops.few_sizes(rows) for rows in range(1, 2049)]
+    sizes = [cpu_linear.few_sizes(rows) for rows in range(1, 2049)]
     assert all(0 <= size - rows <= max(7, rows) for rows, size in enumerate(sizes, 1))
     assert len(set(sizes)) == 37
     assert sizes == sorted(sizes)
@@ -59,5 +77,5 @@ def test_padded_rows_change_nothing(rows: int) -> None:
     """In fp32, so that it runs where oneDNN multiplies no bfloat16 too."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(rows, 64), torch.randn(96, 64), torch.randn(96)
-    found = cpu_ops._onednn_linear(x, cpu_ops._onednn_pack(weight), bias)
+    found = cpu_linear._onednn_linear(x, cpu_linear._onednn_pack(weight), bias)
     torch.testing.assert_close(found, F.linear(x, weight, bias), rtol=1e-5, atol=1e-4)
