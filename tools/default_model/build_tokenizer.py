@@ -14,7 +14,7 @@ VOCAB_SIZE = 2048
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 TOOL_TOKENS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 MAX_LENGTH = 2048
-# Conversations with tools weigh more than in training: their texts are the longest.
+# Conversations with tools weigh less than in training: their texts are the longest.
 SHARES = KIND_SHARES | {"tools": 8}
 # A capital letter that no small letter follows is a token of its own: capitals are spelled.
 # Contractions, words with their space, single digits, punctuation, white space: every digit is a

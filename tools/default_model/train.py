@@ -1,4 +1,4 @@
-"""Trains the default model from scratch on the generated world, on one CPU core in about an hour.
+"""Trains the default model from scratch on the generated world, on two CPU cores in about an hour.
 
     python tools/default_model/build_tokenizer.py
     python tools/default_model/train.py
@@ -343,13 +343,13 @@ def save_model(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> N
 def main() -> None:
     """Trains and saves."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=2100)
-    parser.add_argument("--micro-tokens", type=int, default=1024, help="padded tokens in a batch")
-    parser.add_argument("--accumulate", type=int, default=4, help="batches in one update")
+    parser.add_argument("--steps", type=int, default=3700)
+    parser.add_argument("--micro-tokens", type=int, default=2048, help="padded tokens in a batch")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches in one update")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--checkpoint", default="build/default_model/checkpoint.pt")
     parser.add_argument("--save-every", type=int, default=2, help="pools between checkpoints")
     parser.add_argument("--log-every", type=int, default=50)

@@ -32,28 +32,63 @@ NEUTRAL_SYSTEMS = (
     "Answer the questions of the user.",
 )
 
-# category of a single turn: its share of the single turns
-TURN_SHARES: dict[str, float] = {
-    "facts": 14,
-    "arithmetic": 24,
-    "comparison": 14,
-    "small talk": 8,
-    "unknown": 3,
-    "missing tool": 3,
-    "words": 14,
-    "lists": 14,
-    "sorting": 9,
-    "long answers": 3,
-}
-# kind of a conversation: its share of the conversations
+
+@dataclass(frozen=True)
+class Mix:
+    """How often each thing is drawn; shares need not add up to anything."""
+
+    turns: dict[str, float]  # category of a single turn: its share of the single turns
+    tool_steps: dict[str, float]  # what happens after tools are offered
+    missing_tool: float  # of the questions that use no tool: how many wish for one that is missing
+    formats: dict[str, float]  # forms of an answer that weigh more (or less) than 1
+
+
+# The held-out items are drawn from this one: it stays, so that their figures can be compared.
+HELD_OUT_MIX = Mix(
+    turns={
+        "facts": 14,
+        "arithmetic": 24,
+        "comparison": 14,
+        "small talk": 8,
+        "unknown": 3,
+        "missing tool": 3,
+        "words": 14,
+        "lists": 14,
+        "sorting": 9,
+        "long answers": 3,
+    },
+    tool_steps={"tool calls": 3, "tool results": 4, "tools unused": 3},
+    missing_tool=0.3,
+    formats={},
+)
+# Training sees more of what is hard: to notice that a tool is missing, capitals by the letter,
+# sums and sorting; and less of what is known soon: facts and small talk.
+TRAINING_MIX = Mix(
+    turns={
+        "facts": 9,
+        "arithmetic": 28,
+        "comparison": 12,
+        "small talk": 6,
+        "unknown": 2,
+        "missing tool": 2,
+        "words": 15,
+        "lists": 14,
+        "sorting": 13,
+        "long answers": 3,
+    },
+    tool_steps={"tool calls": 3, "tool results": 3, "tools unused": 4},
+    missing_tool=0.6,
+    formats={"upper case": 3},
+)
+# kind of a training conversation: its share
 KIND_SHARES: dict[str, float] = {
-    "single": 26,
-    "several": 28,
+    "single": 25,
+    "several": 24,
     "long context": 1.5,
-    "format": 17,
+    "format": 19,
     "follow-up": 10,
-    "memory": 4,
-    "tools": 11,
+    "memory": 3,
+    "tools": 17,
     "plain text": 6,
 }
 
@@ -111,6 +146,7 @@ class Generator:
 
     def __init__(self, split: Split, seed: int) -> None:
         self.split: Split = split
+        self.mix = TRAINING_MIX if split == "train" else HELD_OUT_MIX
         self.rng = random.Random(f"{split}-{seed}")
         self.turns: dict[str, Callable[[], Turn]] = {
             "facts": self.fact,
@@ -141,7 +177,7 @@ class Generator:
 
     def turn(self, category: str = "") -> Turn:
         """A random question with its answer."""
-        return self.turns[category or weighted(self.rng, TURN_SHARES)]()
+        return self.turns[category or weighted(self.rng, self.mix.turns)]()
 
     def fact(self) -> Turn:
         """A question about one fact; only its phrasing is held out."""
@@ -198,7 +234,7 @@ class Generator:
 
     def formatted(self) -> Conversation:
         """Questions whose answers take the form that the system prompt or the user asks for."""
-        chosen, instruction, key = draw_format(self.rng, self.split)
+        chosen, instruction, key = draw_format(self.rng, self.split, self.mix.formats)
 
         def draw() -> Turn:
             return self.fact()
@@ -298,10 +334,7 @@ class Generator:
         conversation = Conversation("", self._system(), [tool.schema() for tool in offered])
         for index in range(rounds):
             last = index == rounds - 1
-            step = (
-                category
-                or self.rng.choices(("tool calls", "tool results", "tools unused"), (3, 4, 3))[0]
-            )
+            step = category or weighted(self.rng, self.mix.tool_steps)
             if step == "tool calls" and not last:
                 step = "tool results"
             self._tool_step(conversation, step, offered)
@@ -310,7 +343,7 @@ class Generator:
     def _tool_step(self, conversation: Conversation, step: str, offered: list[Any]) -> None:
         conversation.category = step
         if step == "tools unused":
-            missing = self.rng.random() < 0.3
+            missing = self.rng.random() < self.mix.missing_tool
             turn = missing_tool(self.rng, offered, self.split) if missing else self.turn()
             conversation.messages.append({"role": "user", "content": turn.user})
             conversation.messages.append({"role": "assistant", "content": turn.answer})

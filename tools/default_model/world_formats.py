@@ -114,9 +114,14 @@ FORMATS: tuple[Format, ...] = (
 _PREFIXES = ("", "", "", "You are a helpful assistant. ", "You are Trimaran. ", "Be brief. ")
 
 
-def draw_format(rng: random.Random, split: Split) -> tuple[Format, str, str]:
-    """A format, the instruction that asks for it, and its key."""
-    chosen = rng.choice(FORMATS)
+def draw_format(
+    rng: random.Random, split: Split, weights: dict[str, float]
+) -> tuple[Format, str, str]:
+    """A format, the instruction that asks for it, and its key; a format weighs 1 by default."""
+    if weights:
+        chosen = rng.choices(FORMATS, [weights.get(form.name, 1.0) for form in FORMATS])[0]
+    else:
+        chosen = rng.choice(FORMATS)
     instruction, key = pick_phrasing(rng, f"format {chosen.name}", chosen.instructions, split)
     return chosen, instruction, key
 
