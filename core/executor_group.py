@@ -79,7 +79,7 @@ class RankGroup:
 
     def __init__(self, config: EngineConfig, size: int) -> None:
         self._directory = tempfile.mkdtemp(prefix="trimaran-")  # mode 0700
-        self.rendezvous = f"file://{self._directory}/group"
+        self._size = size
         self._changed = threading.Condition()
         self._dead: str | None = None
         self._closing = False
@@ -87,15 +87,18 @@ class RankGroup:
         self._steps: dict[int, StepHandle] = {}  # the first rank's, until they are settled
         self._sent = self._settled = -1
         self._timeout = config.parallel.step_timeout
-        self._members = [
-            RankProcess(config, GroupSpec(rank, size, self.rendezvous)) for rank in range(1, size)
-        ]
+        self._members = [RankProcess(config, self.member(rank)) for rank in range(1, size)]
         for member in self._members:
             name = f"trimaran-rank-{member.rank}"
             threading.Thread(target=self._watch, args=(member,), name=name, daemon=True).start()
         threading.Thread(target=self._watch_steps, name="trimaran-ranks", daemon=True).start()
 
     # -- what the first rank asks --------------------------------------------------------------
+
+    def member(self, rank: int) -> GroupSpec:
+        # Whoever waits for a stuck rank must not give up before the watcher has named that rank.
+        timeout = max(GroupSpec().timeout, 2 * self._timeout)
+        return GroupSpec(rank, self._size, f"file://{self._directory}/group", timeout)
 
     def send(self, plan: StepPlan) -> None:
         self.check()
@@ -273,7 +276,7 @@ class GroupExecutor:
         self._group = RankGroup(config, size)
         self._rank: Rank | None = None
         try:
-            self._rank = self._build(config, GroupSpec(0, size, self._group.rendezvous))
+            self._rank = self._build(config, self._group.member(0))
         except BaseException:
             self._group.close()
             raise

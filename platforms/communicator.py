@@ -11,8 +11,6 @@ from torch import Tensor
 
 from .interface import Communicator, GroupSpec
 
-TIMEOUT = timedelta(minutes=5)
-
 
 class LocalCommunicator(Communicator):
     """The group of one: every collective is the identity."""
@@ -44,13 +42,13 @@ class GlooCommunicator(Communicator):
     rounds the same number once.
     """
 
-    def __init__(self, group: GroupSpec, timeout: timedelta = TIMEOUT) -> None:
+    def __init__(self, group: GroupSpec) -> None:
         self.rank, self.size = group.rank, group.size
         gloo: Any = dist.ProcessGroupGloo
         store = dist.FileStore(_rendezvous_path(group), group.size)
         options = gloo._Options()
         options._devices = [gloo.create_device(interface="lo")]
-        options._timeout = timeout
+        options._timeout = timedelta(seconds=group.timeout)
         self._group: Any = gloo(store, group.rank, group.size, options)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:

@@ -279,11 +279,13 @@ class WeightPacker(ABC):
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """A parallel group as a member sees it; `rendezvous` is a `file://` URL every member reads."""
+    """A parallel group as a member sees it; `rendezvous` is a `file://` URL every member reads. A
+    collective in which a member is missing fails after `timeout` seconds."""
 
     rank: int = 0
     size: int = 1
     rendezvous: str = ""
+    timeout: float = 300.0
 
 
 class Communicator(ABC):
