@@ -2,6 +2,7 @@
 
 It computes in fp32, whatever the model's dtype: not every processor multiplies 16-bit numbers, and
 where one does, oneDNN would compile and keep code for each combination of sizes that it meets.
+Where none does, decode in bfloat16 is one call of torch's own, which widens as it goes.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class TorchPagedAttention(AttentionImpl):
 
 
 def _gather(kv: LayerKV, spec: AttentionSpec, group: Group, plan: Plan) -> tuple[Tensor, Tensor]:
-    """Keys and values, each fp32 `[batch * kv_heads, keys, head_dim]`."""
+    """Keys and values in the cache's dtype, each `[batch * kv_heads, keys, head_dim]`."""
     shape = (group.batch * spec.num_kv_heads, group.keys, spec.head_dim)
     key, value = (
         torch.index_select(
@@ -81,13 +82,36 @@ def _gather(kv: LayerKV, spec: AttentionSpec, group: Group, plan: Plan) -> tuple
         ).view(shape)
         for cache, scratch in zip(kv.tensors, plan.scratch, strict=True)
     )
-    return key.float(), value.float()
+    return key, value
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group) -> Tensor:
-    """query `[batch * queries, heads, head_dim]` -> fp32 `[batch, queries, heads, head_dim]`."""
-    query = query.float().view(group.batch, group.queries, spec.num_heads, spec.head_dim)
-    return (_by_products if group.folded else _by_fused_call)(query, key, value, spec, group)
+    """query `[batch * queries, heads, head_dim]` -> `[batch, queries, heads, head_dim]`, in fp32 or
+    the query's dtype."""
+    query = query.view(group.batch, group.queries, spec.num_heads, spec.head_dim)
+    if group.queries == 1 and not spec.softcap and _widens_itself(query.dtype, key.dtype):
+        return _by_heads(query, key, value, spec, group)
+    by = _by_products if group.folded else _by_fused_call
+    return by(query.float(), key.float(), value.float(), spec, group)
+
+
+def _widens_itself(query: torch.dtype, cache: torch.dtype) -> bool:
+    """Is torch's bfloat16 attention its own loop on this processor, not oneDNN's code by size?"""
+    return query == cache == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _by_heads(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, group: Group
+) -> Tensor:
+    """One query a sequence: the heads that share a KV head are its queries."""
+    folded = (group.batch, spec.num_kv_heads, -1, spec.head_dim)
+    return F.scaled_dot_product_attention(
+        query.view(folded),
+        key.view(folded),
+        value.view(folded),
+        attn_mask=None if group.mask is None else group.mask.to(query.dtype),
+        scale=spec.scale,
+    ).view(query.shape)
 
 
 def _by_fused_call(
