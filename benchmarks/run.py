@@ -299,12 +299,13 @@ def outcome(entries: list[dict[str, Any]], count: int, sizes: dict[str, int]) ->
     kept = quiet(entries)
     used = kept if len(kept) == count else entries
     return {
+        "finished": len(kept) == count or len(entries) == 2 * count,
         "rounds": len(used),
         "noisy_rounds_used": len(used) - len(kept),
         "noisy_rounds_dropped": len(entries) - len(used),
         "limits": asdict(Limits(sizes, **entries[-1]["after"])),
         "summary": summarise(used, sizes),
-        "raw": used,
+        "raw": entries,
     }
 
 

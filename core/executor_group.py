@@ -74,6 +74,12 @@ class RankProcess:
             self.process.wait()
 
 
+def collective_timeout(step_timeout: float) -> float:
+    """Seconds. Whoever waits for a stuck rank must not give up before the watcher names that rank;
+    and a time without end ("inf") is one that the platform can still express."""
+    return min(max(GroupSpec().timeout, 2 * step_timeout), 1e9)
+
+
 class RankGroup:
     """The child ranks, watched by one thread each."""
 
@@ -96,9 +102,8 @@ class RankGroup:
     # -- what the first rank asks --------------------------------------------------------------
 
     def member(self, rank: int) -> GroupSpec:
-        # Whoever waits for a stuck rank must not give up before the watcher has named that rank.
-        timeout = max(GroupSpec().timeout, 2 * self._timeout)
-        return GroupSpec(rank, self._size, f"file://{self._directory}/group", timeout)
+        rendezvous = f"file://{self._directory}/group"
+        return GroupSpec(rank, self._size, rendezvous, collective_timeout(self._timeout))
 
     def send(self, plan: StepPlan) -> None:
         self.check()

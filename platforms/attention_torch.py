@@ -1,11 +1,14 @@
 """Paged attention by padded torch calls: gather, one fused attention call, scatter, per group.
 
-It computes in fp32, whatever the model's dtype: not every processor multiplies 16-bit numbers, and
-where one does, oneDNN would compile and keep code for each combination of sizes that it meets.
-Where none does, decode in bfloat16 is one call of torch's own, which widens as it goes.
+It computes in fp32, whatever the model's dtype, with one exception. Not every processor multiplies
+16-bit numbers; where one does, oneDNN would compile and keep code for each combination of sizes
+that it meets. Where none does, decode in bfloat16 is one call of torch's own loop, which widens as
+it goes.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +100,17 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, grou
 
 def _widens_itself(query: torch.dtype, cache: torch.dtype) -> bool:
     """Is torch's bfloat16 attention its own loop on this processor, not oneDNN's code by size?"""
-    return query == cache == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return query == cache == torch.bfloat16 and not _onednn_multiplies_bfloat16()
+
+
+@functools.cache
+def _onednn_multiplies_bfloat16() -> bool:
+    """True as well where a torch without this (internal) question leaves it open: fp32 is right
+    everywhere."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return True
 
 
 def _by_heads(
@@ -111,7 +124,7 @@ def _by_heads(
         value.view(folded),
         attn_mask=None if group.mask is None else group.mask.to(query.dtype),
         scale=spec.scale,
-    ).view(query.shape)
+    ).reshape(query.shape)
 
 
 def _by_fused_call(

@@ -22,7 +22,7 @@ ONEDNN = "onednn"
 FBGEMM = "fbgemm"
 """Format of a weight as fp16 in FBGEMM's layout: an opaque object; it is multiplied in fp32."""
 # A bfloat16 of at least 2^-17 is an fp16 exactly; below, it is off by at most 2^-25. A weight whose
-# largest value is in this range loses less than 2^-12 of it.
+# largest value is in this range loses at most 2^-12 of it.
 FP16_RANGE = (2.0**-13, torch.finfo(torch.float16).max)
 
 
@@ -64,7 +64,7 @@ def linear_road(dtype: torch.dtype) -> str:
         return "oneDNN, weights packed once"
     why = f" ({onednn_refusal()})" if dtype == torch.bfloat16 else ""
     if not fbgemm_refusal():
-        return f"FBGEMM in fp32, weights packed once as fp16{why}"
+        return f"FBGEMM in fp32, weights packed once as fp16 where they fit{why}"
     return f"F.linear: {fbgemm_refusal()}{why}"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimaran.platforms import attention_plan
+from trimaran.platforms import attention_plan, attention_torch
 from trimaran.platforms.attention_reference import ReferenceAttention, attend
 from trimaran.platforms.attention_torch import TorchPagedAttention
 from trimaran.platforms.host_device import HostDevice
@@ -187,6 +187,17 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(attention_plan, "WINDOW_QUERIES", 8)
     monkeypatch.setattr(attention_plan, "GROUP_BYTES", 1 << 16)
     yield
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("onednn", [True, False], ids=["onednn bf16", "no onednn bf16"])
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16 window"])
+def test_decode_in_bfloat16_by_either_road(
+    name: str, onednn: bool, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_torch, "_onednn_multiplies_bfloat16", lambda: onednn)
+    spec = spec_of(name)
+    check(spec, *run_step(spec, TorchPagedAttention(), STEPS[step]))
 
 
 @pytest.mark.parametrize("step", STEPS)

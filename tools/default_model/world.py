@@ -80,7 +80,7 @@ TRAINING_MIX = Mix(
     missing_tool=0.6,
     formats={"upper case": 3},
 )
-# kind of a training conversation: its share
+# kind of a conversation that is drawn at random, as in training: its share
 KIND_SHARES: dict[str, float] = {
     "single": 25,
     "several": 24,
