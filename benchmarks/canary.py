@@ -16,7 +16,7 @@ import torch
 def read_bandwidth(gigabytes: float = 1.0, repeats: int = 5) -> float:
     """GB/s of the best of `repeats` reads of a buffer far larger than any cache."""
     buffer = torch.ones(int(gigabytes * 1e9) // 4)
-    return max(buffer.nbytes / _seconds(buffer.sum) for _ in range(repeats)) / 1e9
+    return max(buffer.nbytes / seconds(buffer.sum) for _ in range(repeats)) / 1e9
 
 
 def gemm_rate(size: int = 1024, repeats: int = 5) -> float:
@@ -25,7 +25,7 @@ def gemm_rate(size: int = 1024, repeats: int = 5) -> float:
     dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     a = torch.randn(2 * size, size).to(dtype)
     b = torch.randn(size, size).to(dtype)
-    return max(4 * size**3 / _seconds(lambda: a @ b) for _ in range(repeats)) / 1e9
+    return max(4 * size**3 / seconds(lambda: a @ b) for _ in range(repeats)) / 1e9
 
 
 def canary() -> dict[str, float]:
@@ -55,7 +55,7 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def _seconds(work: object) -> float:
+def seconds(work: object) -> float:
     start = time.perf_counter()
     work()  # type: ignore[operator]
     return time.perf_counter() - start

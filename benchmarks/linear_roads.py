@@ -8,9 +8,10 @@ The weight fits into a large cache, so that the road counts and not the memory; 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
+from functools import partial
 
+import canary
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -18,13 +19,14 @@ from rich.table import Table
 
 from trimaran.platforms import cpu_linear
 from trimaran.platforms.interface import PackedWeight
+from trimaran.platforms.ops import DENSE
 
 
 def roads(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """The packed road that the cpu platform takes here, and torch's own without packing."""
     out_features, in_features = weight.shape
     packed = cpu_linear.CpuDensePacker().pack({"weight": weight}, (out_features, in_features))
-    plain = PackedWeight("dense", packed.shape, (weight,))
+    plain = PackedWeight(DENSE, packed.shape, (weight,))
     linear = cpu_linear.Linear()
     wide = weight.float()
     return {
@@ -32,16 +34,6 @@ def roads(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tens
         f"F.linear in {weight.dtype}": lambda x: linear(x, plain, None),
         "F.linear in fp32, widened before": lambda x: F.linear(x.float(), wide),
     }
-
-
-def best(work: Callable[[], object], calls: int = 30) -> float:
-    """Seconds of the quickest of `calls` calls."""
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def main() -> None:
@@ -53,10 +45,11 @@ def main() -> None:
     weight = torch.randn(*args.shape).mul(0.02).to(getattr(torch, args.dtype))
     table = Table("rows", "road", "µs", "GFLOP/s", title=f"{args.shape}, {args.dtype}")
     with torch.inference_mode():
+        found = roads(weight)
         for rows in args.rows:
             x = torch.randn(rows, args.shape[1]).to(weight.dtype)
-            for name, road in roads(weight).items():
-                seconds = best(lambda road=road, x=x: road(x))
+            for name, road in found.items():
+                seconds = min(canary.seconds(partial(road, x)) for _ in range(30))
                 rate = 2 * rows * weight.numel() / seconds / 1e9
                 table.add_row(str(rows), name, f"{seconds * 1e6:,.0f}", f"{rate:.1f}")
             table.add_section()

@@ -225,7 +225,9 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def show(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['shape']} {report['dtype']}, {report['rounds']} rounds")
+    noisy = report["noisy_rounds_used"]
+    title = f"{report['shape']} {report['dtype']}, {report['rounds']} rounds"
+    table = Table(title=title + (f", {noisy} of them noisy" if noisy else ""))
     for column in ("workload", "figure", *report["peers"], "ratio"):
         table.add_column(column)
     for name, summary in report["summary"].items():

@@ -8,13 +8,12 @@ it goes.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .attention_plan import Group, Plan, make_plan
+from .host_device import onednn_multiplies_bfloat16
 from .interface import (
     AttentionBatch,
     AttentionImpl,
@@ -100,17 +99,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, grou
 
 def _widens_itself(query: torch.dtype, cache: torch.dtype) -> bool:
     """Is torch's bfloat16 attention its own loop on this processor, not oneDNN's code by size?"""
-    return query == cache == torch.bfloat16 and not _onednn_multiplies_bfloat16()
-
-
-@functools.cache
-def _onednn_multiplies_bfloat16() -> bool:
-    """True as well where a torch without this (internal) question leaves it open: fp32 is right
-    everywhere."""
-    try:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    except (AttributeError, RuntimeError):
-        return True
+    return query == cache == torch.bfloat16 and not onednn_multiplies_bfloat16()
 
 
 def _by_heads(

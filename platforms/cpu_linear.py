@@ -7,13 +7,14 @@ plain loop where it does not.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .host_device import onednn_multiplies_bfloat16
 from .interface import OpImpl, OpSignature, PackedWeight, Support, WeightPacker
 from .ops import DENSE
 
@@ -30,9 +31,9 @@ FP16_RANGE = (2.0**-13, torch.finfo(torch.float16).max)
 def onednn_refusal() -> str:
     """Why weights are not packed for oneDNN here; empty where they are. Tried once, for real:
     these ops are internal to torch and may be gone or changed in another version."""
+    if not onednn_multiplies_bfloat16():
+        return "oneDNN computes no bfloat16 on this processor"
     try:
-        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return "oneDNN computes no bfloat16 on this processor"
         return _wrong_result(_onednn_pack, _onednn_linear)
     except Exception as error:
         return f"oneDNN's packed linear fails here: {error}"
@@ -47,13 +48,16 @@ def fbgemm_refusal() -> str:
         return f"FBGEMM's packed linear fails here: {error}"
 
 
-def _wrong_result(pack: Any, linear: Any) -> str:
+def _wrong_result(
+    pack: Callable[[Tensor], Any], linear: Callable[[Tensor, Any, Tensor | None], Tensor]
+) -> str:
+    """What is wrong with a small product by these two; empty if it is right."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 64, generator=generator).bfloat16()
     weight = torch.randn(96, 64, generator=generator).bfloat16()
     expected = F.linear(x.float(), weight.float())
     right = torch.allclose(linear(x, pack(weight), None).float(), expected, rtol=0.02, atol=0.1)
-    return "" if right else f"{linear.__name__} gives wrong results here"
+    return "" if right else "its packed linear gives wrong results here"
 
 
 def linear_road(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -69,6 +70,17 @@ class HostDevice(Device):
 
     def close(self) -> None:
         pass
+
+
+@functools.cache
+def onednn_multiplies_bfloat16() -> bool:
+    """Does torch hand bfloat16 products to oneDNN on this processor? Yes as well where a torch
+    without this (internal) question leaves it open: callers then take the road that is right
+    everywhere, or try."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return True
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

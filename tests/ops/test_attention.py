@@ -195,7 +195,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_decode_in_bfloat16_by_either_road(
     name: str, onednn: bool, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_torch, "_onednn_multiplies_bfloat16", lambda: onednn)
+    monkeypatch.setattr(attention_torch, "onednn_multiplies_bfloat16", lambda: onednn)
     spec = spec_of(name)
     check(spec, *run_step(spec, TorchPagedAttention(), STEPS[step]))
 

@@ -64,18 +64,9 @@ HELD_OUT_MIX = Mix(
 # Training sees more of what is hard: to notice that a tool is missing, capitals by the letter,
 # sums and sorting; and less of what is known soon: facts and small talk.
 TRAINING_MIX = Mix(
-    turns={
-        "facts": 9,
-        "arithmetic": 28,
-        "comparison": 12,
-        "small talk": 6,
-        "unknown": 2,
-        "missing tool": 2,
-        "words": 15,
-        "lists": 14,
-        "sorting": 13,
-        "long answers": 3,
-    },
+    turns=HELD_OUT_MIX.turns
+    | {"facts": 9, "arithmetic": 28, "comparison": 12, "small talk": 6}
+    | {"unknown": 2, "missing tool": 2, "words": 15, "sorting": 13},
     tool_steps={"tool calls": 3, "tool results": 3, "tools unused": 4},
     missing_tool=0.6,
     formats={"upper case": 3},

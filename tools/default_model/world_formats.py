@@ -118,7 +118,7 @@ def draw_format(
     rng: random.Random, split: Split, weights: dict[str, float]
 ) -> tuple[Format, str, str]:
     """A format, the instruction that asks for it, and its key; a format weighs 1 by default."""
-    if weights:
+    if weights:  # `choices` draws other numbers than `choice`: held-out items are by the latter
         chosen = rng.choices(FORMATS, [weights.get(form.name, 1.0) for form in FORMATS])[0]
     else:
         chosen = rng.choice(FORMATS)
