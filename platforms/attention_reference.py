@@ -52,6 +52,7 @@ class ReferenceAttention(AttentionImpl):
 
     name = "reference"
     priority = -100
+    layout = "HND"
 
     def supports(self, spec: AttentionSpec) -> Support:
         return Support.yes("plain torch")
@@ -71,6 +72,7 @@ class ReferenceAttention(AttentionImpl):
 
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
         (cache,) = kv.tensors
+        slots = slots.long()
         block, offset = slots // cache.shape[3], slots % cache.shape[3]
         cache[block, 0, :, offset] = key.to(cache.dtype)
         cache[block, 1, :, offset] = value.to(cache.dtype)
@@ -89,6 +91,14 @@ class ReferenceAttention(AttentionImpl):
             both = kv.tensors[0][blocks, :, :, at % spec.block_size]  # [keys, 2, kv_heads, dim]
             output[start:end] = attend(query[start:end], both[:, 0], both[:, 1], spec)
         return output
+
+    def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
+        return kv.tensors[0][blocks].permute(1, 0, 3, 2, 4).contiguous()
+
+    def import_blocks(
+        self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
+    ) -> None:
+        kv.tensors[0][blocks] = canonical.permute(1, 0, 3, 2, 4)
 
 
 def _first_key(spec: AttentionSpec, length: int, queries: int) -> int:

@@ -30,6 +30,7 @@ class TorchPagedAttention(AttentionImpl):
 
     name = "torch"
     priority = 0
+    layout = "NHD"
 
     def supports(self, spec: AttentionSpec) -> Support:
         if spec.num_heads % spec.num_kv_heads:
@@ -73,6 +74,15 @@ class TorchPagedAttention(AttentionImpl):
                 target = target.index_select(0, group.valid)
             output.index_copy_(0, target, found.to(output.dtype))
         return output
+
+    def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
+        return torch.stack([cache.index_select(0, blocks) for cache in kv.tensors])
+
+    def import_blocks(
+        self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
+    ) -> None:
+        for cache, new in zip(kv.tensors, canonical, strict=True):
+            cache.index_copy_(0, blocks, new)
 
 
 def _gather(kv: LayerKV, spec: AttentionSpec, group: Group, plan: Plan) -> tuple[Tensor, Tensor]:

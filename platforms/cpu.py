@@ -34,7 +34,7 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 class CpuPlatform(Platform):
     name = "cpu"
     vendor = "x86"
-    api = ApiRange((0, 1), (0, 1))
+    api = ApiRange((0, 2), (0, 2))
 
     @classmethod
     def probe(cls) -> Probe:

@@ -15,10 +15,13 @@ class MemoryLedger:
         self._bytes: Counter[str] = Counter()
 
     def add(self, tag: str, tensor: Tensor) -> Tensor:
-        size = tensor.numel() * tensor.element_size()
-        self._bytes[tag] += size
-        weakref.finalize(tensor, self._release, tag, size).atexit = False
+        self.enter(tensor, tensor.numel() * tensor.element_size(), tag)
         return tensor
+
+    def enter(self, owner: object, size: int, tag: str) -> None:
+        """`size` bytes that end with `owner`."""
+        self._bytes[tag] += size
+        weakref.finalize(owner, self._release, tag, size).atexit = False
 
     def by_tag(self) -> dict[str, int]:
         return {tag: size for tag, size in self._bytes.items() if size}

@@ -9,7 +9,8 @@ their reference is `ReferenceAttention`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -177,6 +178,30 @@ OPS: Mapping[str, OpSpec] = {
         OpSpec("add_rms_norm", add_rms_norm, _ROUNDING, False, ("add", "rms_norm")),
     )
 }
+
+
+CHAINS: tuple[tuple[str, ...], ...] = (
+    ("linear", "silu_mul"),
+    ("linear", "gelu_mul"),
+    ("linear", "gelu_tanh_mul"),
+)
+"""The chains of ops that models run: what a platform's own `Fusion` may stand for."""
+
+
+def chain(composition: Sequence[str], calls: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """`calls`, implementations of the ops of `composition`, as one: the first takes its op's
+    number of arguments; each later one the result before it and the rest of its own."""
+    counts = [len(inspect.signature(OPS[op].reference).parameters) for op in composition]
+
+    def run(*args: Any) -> Any:
+        result = calls[0](*args[: counts[0]])
+        position = counts[0]
+        for call, count in zip(calls[1:], counts[1:], strict=True):
+            result = call(result, *args[position : position + count - 1])
+            position += count - 1
+        return result
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 
-from .interface import PLATFORM_API, Platform, PlatformUnavailable, Probe
+from .api import negotiate
+from .interface import Platform, PlatformUnavailable, Probe
 
 GROUP = "trimaran.platforms"
 
@@ -80,17 +81,15 @@ def _load(entry: EntryPoint) -> type[Platform]:
     cls = getattr(importlib.import_module(module_name), attribute)
     if not (isinstance(cls, type) and issubclass(cls, Platform)):
         raise TypeError(f"{entry.value} is not a Platform class.")
-    if PLATFORM_API not in cls.api:
-        raise RuntimeError(_api_reason(cls))
+    fits = negotiate(cls.api)
+    if not fits.accepted:
+        raise RuntimeError(f"{cls.__name__} was {fits.reason}.")
+    if fits.shim is not None:
+        cls = fits.shim(cls)
+    assert issubclass(cls, Platform)
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}.")
     if cls.name != entry.name:
         raise ValueError(f"{cls.__name__} is called {cls.name!r}, its entry point {entry.name!r}.")
     return cls
-
-
-def _api_reason(cls: type[Platform]) -> str:
-    here = ".".join(map(str, PLATFORM_API))
-    low, high = (".".join(map(str, version)) for version in (cls.api.low, cls.api.high))
-    return f"{cls.__name__} was written for platform API {low} to {high}; this engine has {here}."

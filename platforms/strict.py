@@ -48,7 +48,7 @@ class StrictKnobs:
 class StrictPlatform(Platform):
     name = "strict"
     vendor = "none"
-    api = ApiRange((0, 1), (0, 1))
+    api = ApiRange((0, 2), (0, 2))
 
     def __init__(self, knobs: StrictKnobs | None = None) -> None:
         self.knobs = knobs or StrictKnobs()

@@ -74,6 +74,9 @@ class StrictDevice(Device):
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return self._ledger.add("kv", torch.zeros(tuple(shape), dtype=dtype))
 
+    def account(self, owner: object, size: int, tag: str) -> None:
+        self._ledger.enter(owner, size, tag)
+
     def memory(self) -> MemoryInfo:
         return MemoryInfo(host.total_memory(), host.available_memory(), self._ledger.by_tag())
 

@@ -183,7 +183,7 @@ def test_what_a_platform_lacks_or_breaks_is_a_reason(install: Any) -> None:
     install("renamed", Platform=Minimal)
     assert reason("probing") == "OSError: libacme.so: cannot open shared object file"
     assert reason("absent") == "no such device here"
-    assert "written for platform API 7.0 to 7.2; this engine has 0.1" in reason("future")
+    assert "written for platform API 7.0 to 7.2; this engine has 0.2" in reason("future")
     assert "Abstract lacks attention, capabilities" in reason("abstract")
     assert "AttributeError" in reason("empty")
     assert "not a Platform class" in reason("notone")

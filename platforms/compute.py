@@ -1,0 +1,240 @@
+"""The part of the contract that computes: ops, attention over the paged cache, weight layouts, and
+whole steps for devices that compile them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .api import Contract
+from .facts import Support
+
+if TYPE_CHECKING:
+    from .interface import Device
+
+
+@dataclass(frozen=True, slots=True)
+class OpSignature:
+    """What is known of an op's use when the model is built: dtype and the static sizes
+    (`in_features`, `out_features`, `head_dim`…), by which an implementation accepts or refuses."""
+
+    op: str
+    dtype: torch.dtype
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+class OpImpl(Contract):
+    """One implementation of one op. The call has the signature of the op's reference."""
+
+    op: str
+    name: str
+    priority: int = 0
+
+    @abstractmethod
+    def supports(self, sig: OpSignature) -> Support: ...
+
+    @abstractmethod
+    def __call__(self, *args: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """A vendor's own fused op: `impl` equals running `composition`, standard ops, as a chain.
+
+    The first op of a chain takes the call's first arguments; each later one the result before it,
+    and its own remaining arguments from those that follow (see `ops.chain`). So
+    `("linear", "silu_mul")` is called as `impl(x, weight, bias)`. Models ask for the chains that
+    `ops.CHAINS` lists; `impl.op` is the composition joined by `+`, and the sizes of its signature
+    are those of all parts.
+    """
+
+    name: str
+    composition: tuple[str, ...]
+    impl: OpImpl
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """One layer's attention. `scale` multiplies q·k; `sliding_window` counts the keys a query
+    sees, itself included (None: all); `softcap` 0 is none."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    block_size: int
+    causal: bool = True
+    sliding_window: int | None = None
+    softcap: float = 0.0
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """The batch of one step for one cache group, as the runner hands it to `plan`.
+
+    Lists are on the host, tensors on the device. Sequence i has queries
+    [query_starts[i], query_starts[i+1]) of the packed token axis and, this step included,
+    `seq_lens[i]` tokens in the cache; its last query is at position seq_lens[i] - 1.
+    `block_tables`: int32 `[seqs, max_blocks]`; entries before a sliding window may be the scratch
+    block 0 and must not be read. `slots`: int64 `[tokens]`, block * block_size + offset.
+    """
+
+    query_starts: list[int]
+    seq_lens: list[int]
+    block_tables: Tensor
+    slots: Tensor
+
+
+class KVRegion(NamedTuple):
+    """A block is one contiguous piece of `tensor` per region: `tensor[block]`, `stride` bytes
+    from one block to the next, `bytes` long."""
+
+    tensor: Tensor
+    stride: int
+    bytes: int
+
+
+class LayerKV(NamedTuple):
+    """The cache of one layer as an attention implementation laid it out.
+
+    `tensors` are what the implementation reads; `regions` how blocks are moved; a block is zeroed
+    by filling its regions with 0.
+    """
+
+    tensors: tuple[Tensor, ...]
+    regions: tuple[KVRegion, ...]
+
+
+class AttentionImpl(Contract):
+    """Paged attention over mixed prefill and decode. Stateless between steps. `layout` names the
+    cache's layout, for devices whose `KVConstraints` take only some."""
+
+    name: str
+    priority: int = 0
+    layout: str = "own"
+
+    @abstractmethod
+    def supports(self, spec: AttentionSpec) -> Support: ...
+
+    @abstractmethod
+    def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
+        """Allocate one layer's cache, zeroed, through `device.alloc_kv`."""
+
+    @abstractmethod
+    def block_bytes(self, spec: AttentionSpec) -> int:
+        """Bytes one block takes in one layer."""
+
+    @abstractmethod
+    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Any:
+        """Per-step metadata, made once and used by every layer of the group."""
+
+    @abstractmethod
+    def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
+        """Store `[tokens, kv_heads, head_dim]` keys and values at `slots` (the kv_write op)."""
+
+    @abstractmethod
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Any) -> Tensor:
+        """Attend `[tokens, heads, head_dim]` queries to the cache (already written for this
+        step); returns the same shape and dtype."""
+
+    @abstractmethod
+    def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
+        """The blocks (ids, int64 `[n]`, on the device) in the canonical form, a new tensor
+        `[2, n, block_size, kv_heads, head_dim]`, keys first, in `spec.kv_dtype`."""
+
+    @abstractmethod
+    def import_blocks(
+        self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
+    ) -> None:
+        """Overwrite the blocks with what `export_blocks` gave, here or on another platform."""
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class PackedWeight:
+    """A linear layer's weight in a platform's own layout; `tensors` (or a library's own objects)
+    belong to `format`'s packer. `shape` is (out_features, in_features). `extra_bytes`: memory that
+    it holds beside the canonical tensors it was made from and the device's own allocations."""
+
+    format: str
+    shape: tuple[int, int]
+    tensors: tuple[Any, ...]
+    extra_bytes: int = 0
+
+
+class WeightPacker(Contract):
+    """Turns canonical tensors (for `dense`: `weight`, `[out, in]`) into a layout that every
+    `linear` of the same platform reads. `format` names the canonical form it takes."""
+
+    format: str
+
+    @abstractmethod
+    def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight: ...
+
+    def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int | None:
+        """What a weight `[out, in]` of `dtype` takes once packed; None: it is kept as it is, so
+        that a table which serves twice (tied embeddings) is held once."""
+        return None
+
+
+# ---------------------------------------------------------------------------------------------
+# A whole step, for devices that compile one
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """Output number `position` of node number `node`."""
+
+    node: int
+    position: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A strided view of a value; sizes, strides and offset count elements."""
+
+    base: Value
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetadata:
+    """What `AttentionImpl.plan` returned for cache group `group` in the step being run."""
+
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepNode:
+    """One call of an op: a name of `ops.OPS`, a chain of them joined by `+`, `attention` or
+    `kv_write`. `call` is the implementation the op is bound to. `arguments`: `Value`, `View` and
+    `StepMetadata` stand for what they say; all else is constant: weights, packed weights, numbers,
+    and persistent tensors whose address stays while their content changes (token ids, slots)."""
+
+    op: str
+    call: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    outputs: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepGraph:
+    """The forward of one step of exactly `num_tokens` tokens, from the token ids in the step
+    buffers to the hidden states `result`, `[num_tokens, hidden]`. Nodes in an order that runs."""
+
+    num_tokens: int
+    nodes: tuple[StepNode, ...]
+    result: Value | View
+
+
+StepFn = Callable[[Sequence[Any]], Tensor]
+"""A compiled step: takes the metadata of each cache group, returns the hidden states."""
