@@ -91,6 +91,10 @@ class Contract(ABC):
             check_contract(cls, contract)
 
 
+_SEVERAL: Mapping[Any, str] = {
+    inspect.Parameter.VAR_POSITIONAL: "*",
+    inspect.Parameter.VAR_KEYWORD: "**",
+}
 _ANY = ApiRange((0, 0), (1 << 30, 0))
 
 
@@ -129,8 +133,7 @@ def _parameters(member: Any) -> list[str]:
         return [f"not a method: {member!r}"]
     shown = []
     for parameter in inspect.signature(function).parameters.values():
-        several = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}
-        mark = several[parameter.kind] if parameter.kind in several else ""
+        mark = _SEVERAL.get(parameter.kind, "")
         default = "=" if parameter.default is not parameter.empty else ""
         keyword = "*, " if parameter.kind is parameter.KEYWORD_ONLY else ""
         shown.append(f"{keyword}{mark}{parameter.name}{default}")
