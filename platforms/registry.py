@@ -46,9 +46,12 @@ def available() -> list[Candidate]:
 
 def choose(name: str = "auto") -> type[Platform]:
     """The class of the platform `name`, or for `auto` of the usable one with the highest score.
+    `module:Class` names a class that need not be installed: a vendor's work in progress.
 
     Raises `PlatformUnavailable`, listing each platform and its reason.
     """
+    if ":" in name:
+        return _by_reference(name)
     candidates = available()
     for candidate in candidates:
         if candidate.cls is not None and candidate.usable and name in ("auto", candidate.name):
@@ -56,6 +59,13 @@ def choose(name: str = "auto") -> type[Platform]:
     asked = "No platform is usable" if name == "auto" else f"Platform {name!r} is not usable"
     lines = [f"  {c.name}: {c.probe.reason or 'usable'}" for c in candidates]
     raise PlatformUnavailable("\n".join([f"{asked} here. Known platforms:", *lines]))
+
+
+def _by_reference(reference: str) -> type[Platform]:
+    candidate = _examine(EntryPoint("", reference, GROUP))
+    if candidate.cls is None or not candidate.usable:
+        raise PlatformUnavailable(f"Platform {reference} is not usable: {candidate.probe.reason}")
+    return candidate.cls
 
 
 def _entries() -> Iterator[EntryPoint]:
@@ -85,11 +95,11 @@ def _load(entry: EntryPoint) -> type[Platform]:
     if not fits.accepted:
         raise RuntimeError(f"{cls.__name__} was {fits.reason}.")
     if fits.shim is not None:
-        cls = fits.shim(cls)
-    assert issubclass(cls, Platform)
+        adapted: type[Platform] = fits.shim(cls)
+        cls = adapted
     missing = sorted(getattr(cls, "__abstractmethods__", ()))
     if missing:
         raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}.")
-    if cls.name != entry.name:
+    if cls.name != entry.name and entry.name:
         raise ValueError(f"{cls.__name__} is called {cls.name!r}, its entry point {entry.name!r}.")
     return cls
