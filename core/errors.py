@@ -94,6 +94,10 @@ class EngineDeadError(TrimaranError):
         self.cause = cause
 
 
+class DeviceLostError(EngineDeadError):
+    """The device cannot be used any more: the engine on it has ended."""
+
+
 class StepError(TrimaranError):
     """The forward of one step failed; the requests of that batch end with `error`."""
 

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Mapping
 from typing import Protocol
 
-from ..platforms.interface import Device, GroupSpec, Platform
+from ..platforms.interface import Device, DeviceOutOfMemory, GroupSpec, Platform
 from .config import EngineConfig
 from .distributed.group import open_group
-from .errors import ConfigError, PlatformError
+from .errors import ConfigError, KVMemoryError, PlatformError
 from .models.decoder import Decoder
 from .models.loader import load_model
 from .models.registry import decoder_spec
@@ -57,7 +57,13 @@ class Rank:
             self.comm = open_group(platform, self.device, group)
             undo.callback(self.comm.close)
             self.binder = OpBinder(platform, self.device)
-            self.runner = self._build(config)
+            try:
+                self.runner = self._build(config)
+            except DeviceOutOfMemory as error:
+                raise KVMemoryError(
+                    f"The device has no room for the model and its KV cache: {error} Lower "
+                    "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or --max-model-len."
+                ) from error
             undo.pop_all()
         self.description = {**platform.describe(), **_bindings(self.binder)}
 

@@ -120,7 +120,10 @@ class _Resolution:
                 tensor_parallel_size=self._ranks, step_timeout=args.step_timeout
             ),
             platform=PlatformChoice(
-                name=self._platform.name, device=args.device, num_threads=self._threads()
+                # A class named by `module:Class` need not be installed under its name.
+                name=args.platform if ":" in args.platform else self._platform.name,
+                device=args.device,
+                num_threads=self._threads(),
             ),
         )
 

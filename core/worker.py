@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 
+from ..platforms.interface import DeviceLost
+from .errors import EngineDeadError
 from .executor import Rank
 from .plan import StepPlan
 from .rank_link import Boot, Link, LinkClosed, Report
@@ -51,8 +53,12 @@ def _serve(rank: Rank, link: Link) -> None:
     link.send(Report("ready"))
     while True:
         plan = link.receive(StepPlan)
-        output = rank.runner.submit(plan).result()
-        link.send(Report("step", plan.step_id, output.error))
+        try:
+            error = rank.runner.submit(plan).result().error
+        except (DeviceLost, EngineDeadError) as gone:
+            link.send(Report("step", plan.step_id, str(gone)))
+            raise
+        link.send(Report("step", plan.step_id, error))
 
 
 def _end_with_parent() -> None:

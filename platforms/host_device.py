@@ -6,13 +6,13 @@ import contextlib
 import functools
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from . import host
-from .interface import Device, Event, KVRegion, MemoryInfo
+from .interface import Device, DeviceOutOfMemory, Event, KVRegion, MemoryInfo
 from .ledger import MemoryLedger
 
 
@@ -40,10 +40,12 @@ class HostDevice(Device):
         self._ledger = MemoryLedger()
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
-        return self._ledger.add(tag, torch.empty(tuple(shape), dtype=dtype))
+        with no_room_is_told(shape, dtype, tag):
+            return self._ledger.add(tag, torch.empty(tuple(shape), dtype=dtype))
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._ledger.add("kv", lazy_zeros(shape, dtype))
+        with no_room_is_told(shape, dtype, "kv"):
+            return self._ledger.add("kv", lazy_zeros(shape, dtype))
 
     def account(self, owner: object, size: int, tag: str) -> None:
         self._ledger.enter(owner, size, tag)
@@ -84,6 +86,18 @@ def onednn_multiplies_bfloat16() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except (AttributeError, RuntimeError):
         return True
+
+
+@contextlib.contextmanager
+def no_room_is_told(shape: Sequence[int], dtype: torch.dtype, tag: str) -> Iterator[None]:
+    """What torch and the system raise when the host's memory is used up, as `DeviceOutOfMemory`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError, OverflowError) as error:
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        size = math.prod(shape) * dtype.itemsize
+        raise DeviceOutOfMemory(f"{size} bytes for {tag!r} cannot be allocated.") from error
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import host
-from .host_device import move_blocks
+from .host_device import move_blocks, no_room_is_told
 from .interface import Device, Event, KVRegion, MemoryInfo
 from .ledger import MemoryLedger
 
@@ -69,10 +69,12 @@ class StrictDevice(Device):
         self._worker.start()
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
-        return self._ledger.add(tag, poison(torch.empty(tuple(shape), dtype=dtype)))
+        with no_room_is_told(shape, dtype, tag):
+            return self._ledger.add(tag, poison(torch.empty(tuple(shape), dtype=dtype)))
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return self._ledger.add("kv", torch.zeros(tuple(shape), dtype=dtype))
+        with no_room_is_told(shape, dtype, "kv"):
+            return self._ledger.add("kv", torch.zeros(tuple(shape), dtype=dtype))
 
     def account(self, owner: object, size: int, tag: str) -> None:
         self._ledger.enter(owner, size, tag)

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from ...platforms.interface import DeviceLost
 from ..config import EngineConfig
-from ..errors import EngineDeadError, QueueFullError, TrimaranError
+from ..errors import DeviceLostError, EngineDeadError, QueueFullError, TrimaranError
 from ..executor import Executor, StepHandle, open_executor
 from ..plan import StepOutput, StepPlan
 from ..scheduler import Scheduler
@@ -61,8 +62,8 @@ class Engine:
     """One model's scheduler and executor, driven by whoever calls `step`.
 
     A step that raises ends the requests of its batch with an error, and the engine goes on. Only
-    `EngineDeadError` (a rank is gone, or so many steps failed that the device must be broken) and
-    faults of the scheduler itself come out of `step`: then the engine cannot go on.
+    `EngineDeadError` (a rank or the device is gone, or so many steps failed that the device must be
+    broken) and faults of the scheduler itself come out of `step`: then the engine cannot go on.
     """
 
     def __init__(
@@ -159,6 +160,8 @@ class Engine:
             handle = self.executor.submit(plan)
         except EngineDeadError:
             raise
+        except DeviceLost as error:
+            raise DeviceLostError(f"the device is lost: {one_line(error)}") from error
         except BaseException as error:
             # Also when interrupted from the keyboard: what was planned must still be updated.
             handle = FailedStep(plan, error)

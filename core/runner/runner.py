@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...platforms.interface import Device, Event, KVRegion
+from ...platforms.interface import Device, DeviceLost, Event, KVRegion
 from ..config import CacheConfig, ModelSpec, SchedulerConfig
+from ..errors import DeviceLostError
 from ..models.decoder import Decoder
 from ..models.spec import DecoderSpec
 from ..models.step import StepBuffers
@@ -168,22 +169,27 @@ class RunnerStep:
         self._num_rows = num_rows
         self._heads = heads
         self._error: str | None = None
+        self._lost = False
 
     def fail(self, error: Exception) -> None:
         """Keep the message only: the traceback's frames would hold the step's tensors."""
         logger.error("step %d failed", self._step_id, exc_info=error)
         self._error = f"{type(error).__name__}: {error}"
+        self._lost = self._lost or isinstance(error, DeviceLost)
 
     def done(self) -> bool:
         return self.event is not None and self.event.done()
 
     def result(self) -> StepOutput:
-        """Wait for the step. An error becomes the output's `error`, never an exception."""
+        """Wait for the step. An error becomes the output's `error`, never an exception; only a lost
+        device is one, `DeviceLostError`, because no other step can follow."""
         assert self.event is not None
         try:
             self.event.wait()
         except Exception as error:
             self.fail(error)
+        if self._lost:
+            raise DeviceLostError(f"the device is lost: {self._error}")
         output = StepOutput(self._step_id, [[] for _ in range(self._num_rows)])
         if self._error is not None:
             output.error = self._error
