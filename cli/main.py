@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "Talk to a model in the terminal.",
     "complete": "Continue a text.",
     "bench": "Measure throughput, latency, or a running server.",
+    "conform": "Prove a platform: its contract, its ops, engines and servers on it.",
     "platforms": "What hardware is here, what was chosen, and why not the rest.",
     "doctor": "A report on the environment.",
 }
