@@ -73,7 +73,9 @@ class CacheConfig:
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig:
     """Limits of the scheduler; `run_ahead` is the number of steps in flight beyond the current;
-    `mixed_batches` False keeps steps that compute prompts apart from steps that decode."""
+    `mixed_batches` False keeps steps that compute prompts apart from steps that decode;
+    `token_buckets`: the sizes that steps are padded to, rising (empty: any size), of which the
+    last holds `max_num_batched_tokens`."""
 
     max_model_len: int
     max_num_seqs: int = 64
@@ -85,6 +87,7 @@ class SchedulerConfig:
     max_num_queued_tokens: int = 8_388_608
     run_ahead: int = 0
     mixed_batches: bool = True
+    token_buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

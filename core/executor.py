@@ -18,6 +18,7 @@ from .models.step import StepBuffers, make_groups
 from .ops import OpBinder
 from .plan import StepOutput, StepPlan
 from .platform import make_platform
+from .runner.compiled import compile_steps, step_tracer
 from .runner.rows import SLACK
 from .runner.runner import Runner
 
@@ -56,7 +57,10 @@ class Rank:
             undo.callback(self.device.close)
             self.comm = open_group(platform, self.device, group)
             undo.callback(self.comm.close)
-            self.binder = OpBinder(platform, self.device)
+            self._tracer = step_tracer(platform, self.device.index, config.scheduler, group.size)
+            self.binder = OpBinder(
+                platform, self.device, self._tracer.wrap if self._tracer else None
+            )
             try:
                 self.runner = self._build(config)
             except DeviceOutOfMemory as error:
@@ -64,6 +68,10 @@ class Rank:
                     f"The device has no room for the model and its KV cache: {error} Lower "
                     "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or --max-model-len."
                 ) from error
+            if self._tracer:
+                self.runner.compiled = compile_steps(
+                    platform, self._tracer, self.decoder, self.runner, config.scheduler
+                )
             undo.pop_all()
         self.description = {**platform.describe(), **_bindings(self.binder)}
 
@@ -73,10 +81,14 @@ class Rank:
         groups = make_groups(
             spec, self.binder, config.cache, dtype=model.dtype, ranks=self.comm.size
         )
+        if self._tracer:
+            self._tracer.watch(groups)
         buffers = StepBuffers(
             self.device,
             groups,
-            max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+            max_tokens=max(
+                scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *scheduler.token_buckets
+            ),
             max_positions=scheduler.max_model_len + SLACK,
         )
         decoder = self.decoder = load_model(

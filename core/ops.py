@@ -7,6 +7,7 @@ composition and any other op its torch reference. Every refusal is kept with its
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ REFERENCE = "reference"
 
 Candidate = TypeVar("Candidate", OpImpl, AttentionImpl)
 
+Wrap = Callable[[str, Callable[..., Any]], Callable[..., Any]]
+"""An op's name and what it is bound to → what is called in its place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
@@ -57,10 +61,14 @@ class Binding:
 class OpBinder:
     """Binds ops for one platform. Equal signatures are bound once."""
 
-    def __init__(self, platform: Platform, device: Device | None = None) -> None:
-        """`device` is where bound ops will run; sizing a cache needs none."""
+    def __init__(
+        self, platform: Platform, device: Device | None = None, wrap: Wrap | None = None
+    ) -> None:
+        """`device` is where bound ops will run; sizing a cache needs none. `wrap`: see
+        `models.trace`."""
         self.platform = platform
         self._device = device
+        self._wrap = wrap
         self._impls = platform.ops()
         self._packers = platform.weight_packers()
         self._bound: dict[tuple[Any, ...], Callable[..., Any]] = {}
@@ -78,7 +86,8 @@ class OpBinder:
         """The callable for `op` with `dtype` operands and these static sizes."""
         key = (op, dtype, *sorted(sizes.items()))
         if key not in self._bound:
-            self._bound[key] = self._choose(OpSignature(op, dtype, sizes))
+            chosen = self._choose(OpSignature(op, dtype, sizes))
+            self._bound[key] = self._wrap(op, chosen) if self._wrap else chosen
         return self._bound[key]
 
     def attention(self, spec: AttentionSpec) -> AttentionImpl:
@@ -103,7 +112,7 @@ class OpBinder:
             "linear", weight.dtype, in_features=in_features, out_features=out_features
         )
         packer = self._packers.get(DENSE)
-        if packer is None or not isinstance(linear, OpImpl):
+        if packer is None or not isinstance(inspect.unwrap(linear), OpImpl):
             packer = DensePacker()
         return packer.pack({"weight": weight}, (out_features, in_features))
 

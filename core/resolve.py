@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import logging
@@ -22,7 +23,7 @@ from .config import (
     SchedulerConfig,
 )
 from .dtypes import choose_dtype, choose_kv_dtype, dtype_name
-from .errors import ConfigError
+from .errors import ConfigError, PlatformError
 from .model_files import read_generation, read_hf_config, resolve_model_path
 from .models.registry import decoder_spec
 from .models.spec import DecoderSpec
@@ -188,7 +189,9 @@ class _Resolution:
     def _lengths(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> _Lengths:
         args = self._args
         num_seqs = args.max_num_seqs or min(
-            HOST_SEQS if self._on_host else DEVICE_SEQS, args.max_num_batched_tokens or DEVICE_SEQS
+            HOST_SEQS if self._on_host else DEVICE_SEQS,
+            args.max_num_batched_tokens or DEVICE_SEQS,
+            *self._buckets[-1:],
         )
         longest = self._spec.max_positions
         asked = args.max_model_len
@@ -209,16 +212,13 @@ class _Resolution:
 
     def _batched_tokens(self, length: int, num_seqs: int) -> int:
         args = self._args
-        limits = self._limits
         tokens = args.max_num_batched_tokens
         if tokens is None:
             tokens = HOST_BATCHED_TOKENS if self._on_host else DEVICE_BATCHED_TOKENS
             if not args.enable_chunked_prefill:
                 tokens = max(tokens, length)
             tokens = max(tokens, num_seqs)
-        if limits.max_tokens is not None and limits.max_tokens < tokens:
-            logger.info("max_num_batched_tokens=%d: the platform's limit", limits.max_tokens)
-            tokens = limits.max_tokens
+        tokens = self._limited(tokens)
         if tokens < num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens is {tokens}, but every one of max_num_seqs={num_seqs} "
@@ -231,6 +231,24 @@ class _Resolution:
                 f"one step, but max_num_batched_tokens is {tokens}.",
                 param="max_num_batched_tokens",
             )
+        return tokens
+
+    def _limited(self, tokens: int) -> int:
+        """Tokens of a step, within the platform's limits."""
+        args, most, largest = self._args, self._limits.max_tokens, self._buckets[-1:]
+        for name in ("max_num_batched_tokens", "max_num_seqs"):
+            if largest and (getattr(args, name) or 0) > largest[0]:
+                raise ConfigError(
+                    f"{name} is {getattr(args, name)}, but platform {self._platform.name!r} pads "
+                    f"each step to one of {self._buckets} tokens: it can be {largest[0]} at most.",
+                    param=name,
+                )
+        if most is not None and most < tokens:
+            logger.info("max_num_batched_tokens=%d: the platform's limit", most)
+            tokens = most
+        if largest and largest[0] < tokens:
+            logger.info("max_num_batched_tokens=%d: the platform's largest bucket", largest[0])
+            tokens = largest[0]
         return tokens
 
     def _scheduler(self, lengths: _Lengths) -> SchedulerConfig:
@@ -254,6 +272,9 @@ class _Resolution:
             max_num_queued_tokens=args.max_num_queued_tokens,
             run_ahead=run_ahead,
             mixed_batches=self._limits.mixed_batches,
+            token_buckets=self._buckets[
+                : bisect.bisect_left(self._buckets, lengths.batched_tokens) + 1
+            ],
         )
 
     # -- KV cache ------------------------------------------------------------------------------
@@ -308,6 +329,15 @@ class _Resolution:
     @functools.cached_property
     def _limits(self) -> StepLimits:
         return self._platform.step_limits(dataclasses.asdict(self._args))
+
+    @functools.cached_property
+    def _buckets(self) -> tuple[int, ...]:
+        buckets = tuple(sorted(set(self._limits.token_buckets)))
+        if buckets and buckets[0] < 1:
+            raise PlatformError(
+                f"Platform {self._platform.name!r} has a token bucket of {buckets[0]} tokens."
+            )
+        return buckets
 
     @functools.cached_property
     def _memory(self) -> MemoryInfo:

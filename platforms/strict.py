@@ -20,10 +20,13 @@ from .interface import (
     Platform,
     Precision,
     Probe,
+    StepFn,
+    StepGraph,
     StepLimits,
     WeightPacker,
 )
 from .ops import DensePacker, reference_ops
+from .step_graph import interpret
 from .strict_device import StrictDevice
 
 _NUM_DEVICES = 3
@@ -43,6 +46,7 @@ class StrictKnobs:
     preferred_block_size: int = 24
     dtypes: Mapping[str, Precision] = field(default_factory=_all_native)
     limits: StepLimits = field(default_factory=StepLimits)
+    compile_steps: bool = False
 
 
 class StrictPlatform(Platform):
@@ -64,6 +68,7 @@ class StrictPlatform(Platform):
             dtypes=self.knobs.dtypes,
             kv_dtypes=tuple(self.knobs.dtypes),
             run_ahead=self.knobs.run_ahead,
+            compiles_steps=self.knobs.compile_steps,
         )
 
     def open(self, device: int = 0, num_threads: int | None = None) -> Device:
@@ -89,6 +94,9 @@ class StrictPlatform(Platform):
 
     def step_limits(self, plan: Mapping[str, object]) -> StepLimits:
         return self.knobs.limits
+
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        return interpret(graph) if self.knobs.compile_steps else None
 
     def describe(self) -> Mapping[str, str]:
         return {"devices": str(_NUM_DEVICES), "queue": "one worker thread", "ops": "references"}

@@ -32,6 +32,23 @@ class StepRows:
         emits = np.array(plan.emits, dtype=bool)
         return cls(rows, starts, counts, emits, counts.cumsum(), starts + counts)
 
+    def padded(self, num_tokens: int, scratch: int) -> StepRows:
+        """Followed by sequences of one token each, the first one of the row `scratch`, up to
+        `num_tokens` tokens. Nothing reads what they yield."""
+        missing = num_tokens - int(self.counts.sum())
+        if missing == 0:
+            return self
+        counts = np.append(self.counts, np.ones(missing, dtype=np.int64))
+        starts = np.append(self.starts, np.zeros(missing, dtype=np.int64))
+        return StepRows(
+            rows=np.append(self.rows, np.full(missing, scratch)),
+            starts=starts,
+            counts=counts,
+            emits=np.append(self.emits, np.zeros(missing, dtype=bool)),
+            ends=counts.cumsum(),
+            positions=starts + counts,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class StagedBatch:

@@ -23,12 +23,17 @@ SLACK = 2
 
 class RowTable:
     """`tokens`: int32 `[rows, max_len + SLACK]`. `blocks[g]`: int32 `[rows, blocks of the longest
-    sequence]`, the block tables of cache group g; entries past a row's end are stale."""
+    sequence]`, the block tables of cache group g; entries past a row's end are stale.
+
+    One row more than `num_rows`, `scratch`, is nobody's: it stays zero, so that its first token is
+    token 0 in the scratch block. Steps are padded with it."""
 
     def __init__(
         self, device: Device, num_rows: int, max_len: int, block_sizes: Sequence[int]
     ) -> None:
         self._device = device
+        self.scratch = num_rows
+        num_rows += 1
         self.tokens = device.alloc((num_rows, max_len + SLACK), torch.int32, tag="rows").zero_()
         self.blocks = [
             device.alloc((num_rows, -(-(max_len + SLACK) // size)), torch.int32, tag="rows").zero_()

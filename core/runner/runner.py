@@ -7,14 +7,15 @@ or captured before `submit` returns, so the host may plan the next step meanwhil
 
 from __future__ import annotations
 
+import bisect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...platforms.interface import Device, DeviceLost, Event, KVRegion
+from ...platforms.interface import Device, DeviceLost, Event, KVRegion, StepFn
 from ..config import CacheConfig, ModelSpec, SchedulerConfig
 from ..errors import DeviceLostError
 from ..models.decoder import Decoder
@@ -58,6 +59,8 @@ class Runner:
         self._device = device
         self._decoder = decoder
         self._buffers = buffers
+        self._buckets = scheduler.token_buckets
+        self.compiled: Mapping[int, StepFn] = {}  # by tokens; other steps run op by op
         self._rows = RowTable(device, num_rows, scheduler.max_model_len, sizes)
         self._regions = self._alloc_kv(cache)
         self._gather, argmax = bind_ends(binder, decoder.spec, model.dtype)
@@ -89,7 +92,7 @@ class Runner:
         heads: list[StagedHead] = []
         if plan.rows:
             step_rows = StepRows.of(plan)
-            batch = StagedBatch.stage(self._device, step_rows)
+            batch = self._stage_batch(step_rows)
             staged = [head.stage(step_rows) for head in self._heads]
             heads = [head for head in staged if head is not None]
         step = RunnerStep(plan.step_id, len(plan.rows), heads)
@@ -105,6 +108,24 @@ class Runner:
 
         step.event = self._device.launch(work)
         return step
+
+    def run_scratch(self, num_tokens: int, work: Work) -> None:
+        """Run `work` on the device with a step of `num_tokens` in the buffers, all of them
+        padding, and wait for it. Raises what it raised."""
+        batch = self._stage_batch(StepRows.of(StepPlan(-1)), num_tokens)
+
+        def launched() -> None:
+            batch.load(self._rows, self._buffers)
+            work()
+
+        self._device.launch(launched).wait()
+
+    def _stage_batch(self, step: StepRows, num_tokens: int = 0) -> StagedBatch:
+        """Padded to the platform's next token bucket, and to `num_tokens` at least."""
+        num_tokens = max(num_tokens, int(step.counts.sum()))
+        if self._buckets:
+            num_tokens = self._buckets[bisect.bisect_left(self._buckets, num_tokens)]
+        return StagedBatch.stage(self._device, step.padded(num_tokens, self._rows.scratch))
 
     def _stage_changes(self, plan: StepPlan) -> list[Work]:
         """The host's half of the plan's deltas, and the works that are the device's half."""
@@ -151,7 +172,11 @@ class Runner:
 
     def _forward(self, batch: StagedBatch, heads: Sequence[StagedHead]) -> None:
         batch.load(self._rows, self._buffers)
-        hidden = self._decoder.forward()
+        compiled = self.compiled.get(self._buffers.num_tokens)
+        if compiled is None:
+            hidden = self._decoder.forward()
+        else:
+            hidden = compiled([group.metadata for group in self._buffers.groups])
 
         def logits_of(indices: Tensor) -> Tensor:
             return self._decoder.logits(self._gather(hidden, indices))

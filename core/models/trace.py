@@ -1,0 +1,194 @@
+"""Tracing: the decoder's forward as a `StepGraph`, for platforms that compile whole steps.
+
+The decoder knows nothing of it. Where a platform compiles steps, the bound ops and the groups'
+attention are wrapped when they are bound; while a trace runs, each call becomes a node. Between
+them the decoder may only look at tensors in other shapes: whatever else it does to one has no
+place in a graph, is noticed, and ends the trace.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...platforms.interface import (
+    AttentionBatch,
+    AttentionImpl,
+    AttentionSpec,
+    Device,
+    LayerKV,
+    StepGraph,
+    StepMetadata,
+    StepNode,
+    Support,
+    Value,
+    View,
+)
+from .decoder import Decoder
+from .step import StepGroup
+
+METADATA = 3
+"""Which argument of `AttentionImpl.run` is the step's metadata."""
+
+
+class TraceError(Exception):
+    """The decoder does something that a `StepGraph` cannot say."""
+
+
+class StepTracer:
+    """Records the calls that go through what it has wrapped, while it traces; otherwise they go
+    straight on."""
+
+    def __init__(self) -> None:
+        self._recording: _Recording | None = None
+
+    def wrap(self, op: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call`, which `op` is bound to, so that it can be traced."""
+
+        def traced(*args: Any) -> Any:
+            return self.call(op, call, args)
+
+        return functools.update_wrapper(traced, call, assigned=(), updated=())
+
+    def watch(self, groups: Sequence[StepGroup]) -> None:
+        """Wrap the groups' attention; their order is that of a compiled step's metadata."""
+        for index, group in enumerate(groups):
+            group.impl = TracedAttention(self, group.impl, index)
+
+    def call(
+        self, op: str, call: Callable[..., Any], args: tuple[Any, ...], group: int | None = None
+    ) -> Any:
+        recording = self._recording
+        if recording is None or recording.in_node:  # the parts of a composed op are no nodes
+            return call(*args)
+        return recording.run(op, call, args, group)
+
+    def trace(self, decoder: Decoder) -> StepGraph:
+        """Run the step that stands in the buffers, inside a launch, and return its graph. Raises
+        TraceError."""
+        recording = self._recording = _Recording()
+        try:
+            with recording:
+                hidden = decoder.forward()
+            result = recording.refer(hidden)
+        finally:
+            self._recording = None
+        if not isinstance(result, Value | View):
+            raise TraceError("the decoder's result comes from no op")
+        return StepGraph(decoder.buffers.num_tokens, tuple(recording.nodes), result)
+
+
+class _Recording(TorchDispatchMode):
+    """One trace. Every torch call that its thread makes passes by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes: list[StepNode] = []
+        self.in_node = False
+        # By storage, the last first. Held, so that no later tensor can come to lie there.
+        self._made: dict[int, list[tuple[Value, Tensor]]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not (self.in_node or _is_view(func)):
+            raise TraceError(f"{func} runs between two ops; only views may")
+        return func(*args, **(kwargs or {}))
+
+    def run(
+        self, op: str, call: Callable[..., Any], args: tuple[Any, ...], group: int | None
+    ) -> Any:
+        arguments = [self.refer(argument) for argument in args]
+        if group is not None:
+            arguments[METADATA] = StepMetadata(group)
+        self.in_node = True
+        try:
+            found = call(*args)
+        finally:
+            self.in_node = False
+        outputs = () if found is None else found if isinstance(found, tuple) else (found,)
+        for position, output in enumerate(outputs):
+            made = self._made.setdefault(_storage(output), [])
+            made.insert(0, (Value(len(self.nodes), position), output))
+        self.nodes.append(StepNode(op, call, tuple(arguments), len(outputs)))
+        return found
+
+    def refer(self, argument: Any) -> Any:
+        """A tensor that a node made, or a view of one, by that node; anything else was there
+        before the step and is constant."""
+        if not isinstance(argument, Tensor):
+            return argument
+        made = self._made.get(_storage(argument))
+        if made is None:
+            return argument
+        for value, output in made:
+            if _layout(output) == _layout(argument):
+                return value
+        for value, output in made:
+            if (offset := _offset(argument, output)) is not None:
+                return View(value, tuple(argument.shape), argument.stride(), offset)
+        raise TraceError(f"a view {_layout(argument)} lies in no contiguous output of an op")
+
+
+def _is_view(func: Any) -> bool:
+    """Does this torch op only return views of what it is given?"""
+    returned = [r.alias_info for r in func._schema.returns]
+    return bool(returned) and all(alias and not alias.is_write for alias in returned)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _offset(view: Tensor, base: Tensor) -> int | None:
+    """Elements from the start of `base` to that of `view`; None if it is no view of it."""
+    offset = int(view.storage_offset() - base.storage_offset())
+    extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
+    inside = offset >= 0 and offset + extent <= base.numel()
+    return offset if inside and base.is_contiguous() and view.dtype == base.dtype else None
+
+
+class TracedAttention(AttentionImpl):
+    """An implementation whose `write` and `run` can be traced."""
+
+    def __init__(self, tracer: StepTracer, impl: AttentionImpl, group: int) -> None:
+        self._tracer = tracer
+        self._impl = impl
+        self._group = group
+        self.name, self.priority, self.layout = impl.name, impl.priority, impl.layout
+
+    def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
+        self._tracer.call("kv_write", self._impl.write, (key, value, kv, slots))
+
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Any) -> Tensor:
+        args = (query, kv, spec, metadata)
+        attended: Tensor = self._tracer.call("attention", self._impl.run, args, self._group)
+        return attended
+
+    def supports(self, spec: AttentionSpec) -> Support:
+        return self._impl.supports(spec)
+
+    def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
+        return self._impl.alloc(device, spec, num_blocks)
+
+    def block_bytes(self, spec: AttentionSpec) -> int:
+        return self._impl.block_bytes(spec)
+
+    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Any:
+        return self._impl.plan(spec, batch)
+
+    def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
+        return self._impl.export_blocks(kv, spec, blocks)
+
+    def import_blocks(
+        self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
+    ) -> None:
+        self._impl.import_blocks(kv, spec, blocks, canonical)
