@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from ..platforms.interface import Platform
 from ..platforms.registry import choose
@@ -23,6 +23,12 @@ class Failed(Exception):
         self.message = message
         self.case = case
         self.seed = seed
+
+
+def expect(held: object, otherwise: str, *, case: str = "", seed: int | None = None) -> None:
+    """Raise `Failed(otherwise)` unless `held` is true."""
+    if not held:
+        raise Failed(otherwise, case=case, seed=seed)
 
 
 class Skipped(Exception):
@@ -77,3 +83,14 @@ class Level:
     name: str
     title: str
     checks: Callable[[Subject], list[Check]]
+
+
+Examination = Callable[[Subject], Measurements | None]
+
+
+def listed(subject: Subject, table: Mapping[str, Examination]) -> list[Check]:
+    """A required check for each entry of `table`: name → what is done with the subject."""
+    return [
+        Check(name, partial(run, subject), about=(run.__doc__ or "").partition("\n")[0])
+        for name, run in table.items()
+    ]

@@ -15,11 +15,17 @@ from ..platforms.registry import available
 from .base import Subject
 
 TYPICAL: Mapping[str, Mapping[str, int]] = {
-    "embed": {"num_embeddings": 32_000, "embedding_dim": 4096},
-    "linear": {"in_features": 4096, "out_features": 4096},
+    "embed": {"vocab": 32_000, "hidden": 4096},
     "rms_norm": {"size": 4096},
     "add_rms_norm": {"size": 4096},
-    "rope": {"head_dim": 128, "rotary_dim": 128},
+    "linear": {"in_features": 4096, "out_features": 4096},
+    "rope": {"head_dim": 128, "rope_dim": 128},
+    "silu_mul": {"size": 14_336},
+    "gelu_mul": {"size": 14_336},
+    "gelu_tanh_mul": {"size": 14_336},
+    "add": {"size": 4096},
+    "gather_rows": {"size": 4096},
+    "sample": {"vocab": 32_000},
 }
 """Sizes of a layer of a common model, by which the bindings of a report are chosen."""
 
