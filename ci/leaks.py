@@ -18,6 +18,9 @@ from sources import in_package, repository_files
 
 SHARED_FOLDERS = ("core", "server")
 ENVIRONMENT_FILE = Path("core/env.py")
+# Drivers hide devices by variables of their own, which must be known before a driver is started;
+# platforms cannot import the core.
+DRIVER_ENVIRONMENT_FILE = Path("platforms/visible.py")
 MAX_ENVIRONMENT_VARIABLES = 10
 CONCRETE_PLATFORMS = frozenset({"cpu", "cuda", "rocm", "strict"})
 TORCH_FREE = ("core/kv", "core/request", "core/scheduler")
@@ -258,7 +261,10 @@ RULES: tuple[tuple[Callable[[Source], bool], Callable[[Source], Iterator[Finding
     (torch_free, torch_imports),
     (lambda source: True, pickles),
     (lambda source: True, swallowed_errors),
-    (lambda source: source.name != ENVIRONMENT_FILE, environment_reads),
+    (
+        lambda source: source.name not in (ENVIRONMENT_FILE, DRIVER_ENVIRONMENT_FILE),
+        environment_reads,
+    ),
     (lambda source: source.name == ENVIRONMENT_FILE, environment_variables),
     (lazy_imports_forbidden, hidden_imports),
 )

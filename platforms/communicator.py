@@ -45,7 +45,7 @@ class GlooCommunicator(Communicator):
     def __init__(self, group: GroupSpec) -> None:
         self.rank, self.size = group.rank, group.size
         gloo: Any = dist.ProcessGroupGloo
-        store = dist.FileStore(_rendezvous_path(group), group.size)
+        store = dist.FileStore(rendezvous_path(group), group.size)
         options = gloo._Options()
         options._devices = [gloo.create_device(interface="lo")]
         options._timeout = timedelta(seconds=group.timeout)
@@ -76,7 +76,8 @@ class GlooCommunicator(Communicator):
         self._group = None
 
 
-def _rendezvous_path(group: GroupSpec) -> str:
+def rendezvous_path(group: GroupSpec) -> str:
+    """The file that the members of a group meet at."""
     prefix = "file://"
     if not group.rendezvous.startswith(prefix):
         raise ValueError(f"A group's rendezvous is a file:// URL, not {group.rendezvous!r}.")

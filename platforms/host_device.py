@@ -112,6 +112,15 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
+def to_accelerator(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of `host` on `device`, made on the current stream without waiting for it: from pinned
+    memory, which torch keeps until the copy is over, so that `host` may change at once. On the
+    host itself: a clone."""
+    if device.type == "cpu":
+        return host.clone()
+    return torch.empty_like(host, pin_memory=True).copy_(host).to(device, non_blocking=True)
+
+
 def move_blocks(regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
     """Copy blocks by torch; all sources are read before any target is written."""
     if not pairs:

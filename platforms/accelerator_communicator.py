@@ -1,0 +1,101 @@
+"""Collectives between GPUs: NCCL, or RCCL under the same name, else Gloo through host memory."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .communicator import GlooCommunicator, LocalCommunicator, rendezvous_path
+from .interface import Communicator, Device, GroupSpec
+
+logger = logging.getLogger("trimaran.platforms")
+
+
+def missing_nccl() -> str:
+    """Why this torch has no NCCL (RCCL in ROCm's builds); empty: it has."""
+    return "" if dist.is_nccl_available() else f"torch {torch.__version__} is built without NCCL"
+
+
+def open_accelerator_communicator(group: GroupSpec, device: Device) -> Communicator:
+    """The communicator of a member; returns when all members are there (or after the timeout)."""
+    if group.size == 1:
+        return LocalCommunicator()
+    reason = missing_nccl()
+    if not reason:
+        return NcclCommunicator(group, device)
+    logger.warning("collectives go through host memory: %s", reason)
+    return HostStagedCommunicator(GlooCommunicator(group))
+
+
+class NcclCommunicator(Communicator):
+    """NCCL on the current stream: a call returns when the work is queued.
+
+    It makes its process group itself and touches no default group, so that several engines can
+    live in one process. Where a member is missing, torch's watchdog ends this process after the
+    group's timeout, with the collective's name.
+    """
+
+    def __init__(self, group: GroupSpec, device: Device) -> None:
+        self.rank, self.size = group.rank, group.size
+        nccl: Any = dist.ProcessGroupNCCL
+        store = dist.FileStore(rendezvous_path(group), group.size)
+        options = nccl.Options()
+        options._timeout = timedelta(seconds=group.timeout)
+        self._group: Any = nccl(store, group.rank, group.size, options)
+        self._token = torch.zeros(1, device=device.torch_device)
+        self.barrier()  # NCCL connects at the first collective
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        whole = tensor.contiguous()
+        self._group.allreduce([whole]).wait()
+        return tensor if whole is tensor else tensor.copy_(whole)
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        part = tensor.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        self._group.allgather([parts], [part]).wait()
+        return torch.cat(parts, dim=dim)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = source, 0
+        whole = tensor.contiguous()
+        self._group.broadcast([whole], options).wait()
+        return tensor if whole is tensor else tensor.copy_(whole)
+
+    def barrier(self) -> None:
+        self.all_reduce(self._token).item()  # waits for the device, not only for the queue
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None and hasattr(group, "shutdown"):
+            group.shutdown()
+
+
+class HostStagedCommunicator(Communicator):
+    """Another communicator's collectives on copies in host memory. Each call waits for the device
+    twice: correct, and slow."""
+
+    def __init__(self, host: Communicator) -> None:
+        self.rank, self.size = host.rank, host.size
+        self._host = host
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(self._host.all_reduce(tensor.cpu()))
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        return self._host.all_gather(tensor.cpu(), dim).to(tensor.device)
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        return tensor.copy_(self._host.broadcast(tensor.cpu(), source))
+
+    def barrier(self) -> None:
+        self._host.barrier()
+
+    def close(self) -> None:
+        self._host.close()

@@ -1,0 +1,192 @@
+"""What the two vendors' hulls share: everything but whom they ask and which tables they read."""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from . import gpu_cards, host
+from .accelerator_communicator import missing_nccl, open_accelerator_communicator
+from .attention_reference import ReferenceAttention
+from .attention_torch import TorchPagedAttention
+from .gpu_cards import Card, Survey, Vendor
+from .gpu_ops import gpu_ops
+from .gpu_tables import Architecture, CardModel, capabilities_of, model_of
+from .gpu_wheels import Wheel, installed_wheel
+from .interface import (
+    AttentionImpl,
+    AttentionSpec,
+    Capabilities,
+    Communicator,
+    Device,
+    DeviceSpec,
+    Finding,
+    GroupSpec,
+    KVConstraints,
+    OpImpl,
+    Platform,
+    PlatformUnavailable,
+    Probe,
+    Roofline,
+    Telemetry,
+    WeightPacker,
+)
+from .ops import DensePacker
+from .torch_accelerator import TorchAccelerator
+from .torch_errors import translated
+
+_HOST_THREADS = 8
+"""Most host threads of a rank: it stages small tensors and waits for its device."""
+
+
+class GpuPlatform(Platform):
+    """A vendor's GPUs through its build of torch, which answers to `torch.cuda` for both."""
+
+    vendor_facts: ClassVar[Vendor]
+    architectures: ClassVar[Mapping[str, Architecture]]
+    models: ClassVar[tuple[CardModel, ...]]
+
+    @classmethod
+    @abstractmethod
+    def survey(cls) -> Survey:
+        """The cards this process may use; initialises nothing."""
+
+    @classmethod
+    @abstractmethod
+    def built_for(cls, wheel: Wheel) -> str:
+        """The version of this vendor's software that `wheel` was built for; empty: none."""
+
+    @classmethod
+    @abstractmethod
+    def read_telemetry(cls, card: Card) -> Telemetry: ...
+
+    @classmethod
+    def probe(cls) -> Probe:
+        wheel = installed_wheel()
+        return gpu_cards.probe_of(cls.survey(), wheel, cls.built_for(wheel), cls.vendor_facts)
+
+    @classmethod
+    def known_devices(cls) -> Sequence[DeviceSpec]:
+        return tuple(model.spec for model in cls.models)
+
+    @functools.cached_property
+    def _cards(self) -> tuple[Card, ...]:
+        return self.survey().cards
+
+    def _card(self, device: int) -> Card:
+        if device not in range(len(self._cards)):
+            found = len(self._cards)
+            raise ValueError(f"{self.name} has {found} devices; there is no device {device}.")
+        return self._cards[device]
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        architecture = self._card(device).architecture
+        # Of one that no table knows only what every GPU that torch serves can do is promised.
+        known = self.architectures.get(architecture, Architecture("unknown", "emulated"))
+        return capabilities_of(architecture, known)
+
+    def roofline(self, device: int = 0) -> Roofline | None:
+        model = model_of(self._card(device).name, self.models)
+        return None if model is None else model.roofline
+
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        card = self._card(device)
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        try:
+            ordinal = find_ordinal(torch.cuda, card, device)
+            telemetry = functools.partial(self.read_telemetry, card)
+            return TorchAccelerator(torch.cuda, device, ordinal, telemetry)
+        except (RuntimeError, AssertionError) as error:  # torch asserts that it has the vendor
+            reason = translated(error)
+            raise PlatformUnavailable(f"{card.name} cannot be opened: {reason}") from error
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return gpu_ops()
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        return (TorchPagedAttention(), ReferenceAttention())
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        packer = DensePacker()
+        return {packer.format: packer}
+
+    def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
+        """Blocks of whole tiles of the matrix units (16 rows), so that every block starts at an
+        address that the widest loads of a thread (16 bytes) can take."""
+        return KVConstraints(block_multiple=16, alignment=16, preferred_block_size=32)
+
+    def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
+        known = self.capabilities(int(plan.get("device") or 0))
+        findings = []
+        dtype, kv_dtype = plan.get("dtype"), plan.get("kv_cache_dtype")
+        if dtype == "bfloat16" and known.dtypes["bfloat16"] == "emulated":
+            reason = f"{known.isa} has no bfloat16 units; float16 takes as much memory"
+            findings.append(Finding("adjust", "dtype", reason, "float16"))
+        if str(kv_dtype).startswith("float8") and kv_dtype not in known.kv_dtypes:
+            units = f"reads {known.fp8} float8" if known.fp8 else "has no float8 units"
+            reason = f"{known.isa} {units}, and no attention here reads a {kv_dtype} cache"
+            findings.append(Finding("reject", "kv_cache_dtype", reason))
+        if int(plan.get("tensor_parallel_size") or 1) > 1:
+            findings += _parallel_findings(known)
+        return findings
+
+    def process_env(self, rank: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
+        """Ranks share the host's cores. No variable that hides or renumbers devices is set."""
+        ranks = int(plan.get("tensor_parallel_size") or 1)
+        share = min(_HOST_THREADS, max(1, host.physical_cores() // ranks))
+        return {"OMP_NUM_THREADS": str(int(plan.get("num_threads") or share))}
+
+    def communicator(self, group: GroupSpec, device: Device) -> Communicator:
+        return open_accelerator_communicator(group, device)
+
+    def describe(self) -> Mapping[str, str]:
+        wheel = installed_wheel()
+        probe = gpu_cards.probe_of(self.survey(), wheel, self.built_for(wheel), self.vendor_facts)
+        return {
+            "devices": gpu_cards.summary(probe.devices) or "none",
+            "torch": f"{wheel.version}, {self.vendor_facts.software} {self.built_for(wheel)}",
+            "collectives": missing_nccl() or "NCCL",
+        }
+
+
+def _parallel_findings(known: Capabilities) -> list[Finding]:
+    findings = []
+    if missing_nccl():
+        reason = f"collectives go through host memory: {missing_nccl()}"
+        findings.append(Finding("note", "tensor_parallel_size", reason))
+    elif not known.peer_to_peer:
+        reason = f"{known.isa} cards have no link of their own: collectives cross the PCI bus"
+        findings.append(Finding("note", "tensor_parallel_size", reason))
+    return findings
+
+
+def find_ordinal(accelerator: Any, card: Card, position: int) -> int:
+    """torch's number of `card`, which is `position`th in the bus's order: CUDA sorts different
+    cards by speed, so a UUID decides where torch tells one. Initialises the runtime."""
+    count = accelerator.device_count()
+    wanted = _plain(card.uuid)
+    for ordinal in range(count):
+        uuid = getattr(accelerator.get_device_properties(ordinal), "uuid", None)
+        if uuid is not None and wanted in _spellings(str(uuid)):
+            return ordinal
+    if position < count:
+        return position
+    raise RuntimeError(f"torch sees {count} devices, and {card.name} is none of them")
+
+
+def _spellings(uuid: str) -> tuple[str, ...]:
+    """A UUID as it is, and as HIP fills it: 16 characters of a 64-bit number's hexadecimal text."""
+    plain = _plain(uuid)
+    try:
+        return plain, bytes.fromhex(plain).decode("ascii").lower()
+    except ValueError:
+        return (plain,)
+
+
+def _plain(uuid: str) -> str:
+    return uuid.lower().removeprefix("gpu-").removeprefix("mig-").replace("-", "")
