@@ -22,11 +22,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     others = [field.name for field in flag_fields(EngineArgs) if field.name not in SHOWN]
     add_flags(parser, EngineArgs, skip=others)
     parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_argument(
+        "--rescan",
+        action="store_true",
+        help="Try installed platforms again that were tried before.",
+    )
+    parser.add_argument(
+        "--trial-seconds",
+        type=float,
+        metavar="S",
+        help="What importing and probing an installed platform may take, the first time.",
+    )
 
 
 def run(namespace: argparse.Namespace) -> int:
+    from ..platforms import registry
+    from ..platforms.loading import TRIAL_SECONDS
+
     take_model(namespace)
-    report = build_report(build(EngineArgs, namespace))
+    if namespace.rescan:
+        registry.forget()
+    report = build_report(build(EngineArgs, namespace), namespace.trial_seconds or TRIAL_SECONDS)
     if namespace.json:
         json.dump(report, sys.stdout, indent=2)
         print()
@@ -35,13 +51,13 @@ def run(namespace: argparse.Namespace) -> int:
     return 0 if report["chosen"] else 1
 
 
-def build_report(args: EngineArgs) -> dict[str, Any]:
+def build_report(args: EngineArgs, trial_seconds: float) -> dict[str, Any]:
     """Platforms with scores and reasons; for the chosen one, its facts and the model's ops."""
     from ..core.platform import make_platform
     from ..platforms.registry import available
 
     report: dict[str, Any] = {"platforms": [], "chosen": None, "facts": {}, "ops": []}
-    for candidate in available():
+    for candidate in available(trial_seconds):
         report["platforms"].append(
             {
                 "name": candidate.name,
@@ -93,12 +109,15 @@ def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("platform", "score", "devices", "reason", title="Platforms", title_justify="left")
+    columns = ("platform", "score", "from", "devices", "reason")
+    table = Table(*columns, title="Platforms", title_justify="left")
     for one in report["platforms"]:
         chosen = one["name"] == report["chosen"]
         devices = ", ".join(str(device.get("name", "")) for device in one["devices"])
-        name = f"[bold]{one['name']}[/bold] (chosen)" if chosen else one["name"]
-        table.add_row(name, str(one["score"]), escape(devices), escape(one["reason"]))
+        name = escape(one["name"])
+        name = f"[bold]{name}[/bold] (chosen)" if chosen else name
+        origin, reason = escape(one["origin"]), escape(one["reason"])
+        table.add_row(name, str(one["score"]), origin, escape(devices), reason)
     console.print(table)
     for name, value in report["facts"].items():
         console.print(f"  {name}: {value}", markup=False)

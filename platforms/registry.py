@@ -3,30 +3,40 @@
 Built-in platforms and those of installed packages (entry points, group `trimaran.platforms`) take
 the same road: a reference `module:Class`, imported, checked and probed inside one guard. Whatever
 goes wrong on it becomes the reason that `trimaran platforms` prints, never an import error.
+
+Before that an installed package is asked for its manifest, and tried once in a process of its own.
 """
 
 from __future__ import annotations
 
-import importlib
+import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
 
-from .api import negotiate
+from .. import __version__
 from .interface import Platform, PlatformUnavailable, Probe
+from .loading import TRIAL_SECONDS, ask, load, one_line, reason_of
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
+
+logger = logging.getLogger("trimaran.platforms")
 
 GROUP = "trimaran.platforms"
 
-_BUILT_IN = (
-    EntryPoint("cpu", f"{__package__}.cpu:CpuPlatform", GROUP),
-    EntryPoint("strict", f"{__package__}.strict:StrictPlatform", GROUP),
+_BUILT_IN = tuple(
+    EntryPoint(name, f"{__package__}.{name}:{attribute}", GROUP)
+    for name, attribute in (("cpu", "CpuPlatform"), ("strict", "StrictPlatform"))
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One known platform. `cls` is None where it could not even be loaded; `probe.reason` says
-    why it can or cannot be used, `origin` which distribution brought it."""
+    """One known platform. `cls` is None where it is broken; `probe.reason` says why it can or
+    cannot be used, `origin` which distribution brought it, with its version."""
 
     name: str
     cls: type[Platform] | None
@@ -38,9 +48,20 @@ class Candidate:
         return self.cls is not None and self.probe.score > 0
 
 
-def available() -> list[Candidate]:
-    """Every known platform, the best first. Initialises no device and never raises."""
-    found = [_examine(entry) for entry in _entries()]
+def available(trial_seconds: float = TRIAL_SECONDS) -> list[Candidate]:
+    """Every known platform, the best first. Initialises no device and never raises.
+
+    Classes are loaded once in a process; probes are asked anew. An installed package that was not
+    tried before has `trial_seconds`.
+    """
+    found = [_examine(entry, trial_seconds) for entry in _BUILT_IN]
+    taken = {entry.name: "a built-in platform" for entry in _BUILT_IN}
+    for entry in _installed():
+        if entry.name in taken:
+            found.append(_doubled(entry, taken[entry.name]))
+            continue
+        taken[entry.name] = _release(entry)
+        found.append(_examine(entry, trial_seconds))
     return sorted(found, key=lambda candidate: -candidate.probe.score)
 
 
@@ -48,58 +69,128 @@ def choose(name: str = "auto") -> type[Platform]:
     """The class of the platform `name`, or for `auto` of the usable one with the highest score.
     `module:Class` names a class that need not be installed: a vendor's work in progress.
 
-    Raises `PlatformUnavailable`, listing each platform and its reason.
+    Each broken package is a warning, once in a process. Raises `PlatformUnavailable`, listing each
+    platform and its reason.
     """
     if ":" in name:
-        return _by_reference(name)
+        return _usable(_examine(EntryPoint("", name, GROUP)), name)
+    for entry in _BUILT_IN:
+        if entry.name == name:  # whoever asks for it does not wait for the others
+            return _usable(_examine(entry), name)
     candidates = available()
+    for candidate in candidates:
+        if candidate.cls is None:
+            _warn_once(f"platform {candidate.name} ({candidate.origin}): {candidate.probe.reason}")
     for candidate in candidates:
         if candidate.cls is not None and candidate.usable and name in ("auto", candidate.name):
             return candidate.cls
-    asked = "No platform is usable" if name == "auto" else f"Platform {name!r} is not usable"
-    lines = [f"  {c.name}: {c.probe.reason or 'usable'}" for c in candidates]
-    raise PlatformUnavailable("\n".join([f"{asked} here. Known platforms:", *lines]))
+    raise _unavailable(name, candidates)
 
 
-def _by_reference(reference: str) -> type[Platform]:
-    candidate = _examine(EntryPoint("", reference, GROUP))
+def forget() -> None:
+    """Load every platform anew, and try installed packages anew."""
+    from .trial_memory import TrialMemory
+
+    TrialMemory().forget()
+    _loaded.clear()
+
+
+def _usable(candidate: Candidate, name: str) -> type[Platform]:
     if candidate.cls is None or not candidate.usable:
-        raise PlatformUnavailable(f"Platform {reference} is not usable: {candidate.probe.reason}")
+        if ":" not in name:
+            raise _unavailable(name, available())
+        raise PlatformUnavailable(f"Platform {name} is not usable: {candidate.probe.reason}")
     return candidate.cls
 
 
-def _entries() -> Iterator[EntryPoint]:
-    """Built-ins first; an installed package cannot take the name of one."""
-    yield from _BUILT_IN
-    taken = {entry.name for entry in _BUILT_IN}
-    yield from (entry for entry in entry_points(group=GROUP) if entry.name not in taken)
+def _unavailable(name: str, candidates: list[Candidate]) -> PlatformUnavailable:
+    asked = "No platform is usable" if name == "auto" else f"Platform {name!r} is not usable"
+    lines = [f"  {c.name}: {c.probe.reason or 'usable'}" for c in candidates]
+    return PlatformUnavailable("\n".join([f"{asked} here. Known platforms:", *lines]))
 
 
-def _examine(entry: EntryPoint) -> Candidate:
-    origin = entry.dist.name if entry.dist is not None else "trimaran"
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
+
+
+# ---------------------------------------------------------------------------------------------
+# One entry point
+# ---------------------------------------------------------------------------------------------
+
+
+def _installed() -> Iterator[EntryPoint]:
+    """Entry points of installed packages, in the order of their distributions' names."""
     try:
-        cls = _load(entry)
-        return Candidate(entry.name, cls, cls.probe(), origin)
+        found = list(entry_points(group=GROUP))
+    except Exception as error:  # one package's broken metadata, of any group
+        _warn_once(f"entry points of installed packages cannot be read: {reason_of(error)}")
+        return
+    yield from sorted(found, key=lambda entry: (_release(entry).casefold(), entry.name))
+
+
+def _doubled(entry: EntryPoint, holder: str) -> Candidate:
+    """A second platform of one name: never imported. Its listed name says whose it is."""
+    release = _release(entry)
+    reason = f"{entry.name} is also the name of {holder}, which is kept: uninstall one of them"
+    return Candidate(f"{entry.name} ({release})", None, Probe(0, one_line(reason)), release)
+
+
+def _examine(entry: EntryPoint, trial_seconds: float = TRIAL_SECONDS) -> Candidate:
+    origin = _release(entry)
     # A vendor's module may raise anything, SystemExit included; here all of it is a reason.
+    try:
+        loaded = _load_once(entry, trial_seconds)
+        if isinstance(loaded, str):
+            return Candidate(entry.name, None, Probe(0, loaded), origin)
+        return Candidate(entry.name, loaded, ask(loaded), origin)
     except (Exception, SystemExit) as error:
-        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return Candidate(entry.name, None, Probe(0, reason), origin)
+        return Candidate(entry.name, None, Probe(0, reason_of(error)), origin)
 
 
-def _load(entry: EntryPoint) -> type[Platform]:
-    module_name, _, attribute = entry.value.partition(":")
-    cls = getattr(importlib.import_module(module_name), attribute)
-    if not (isinstance(cls, type) and issubclass(cls, Platform)):
-        raise TypeError(f"{entry.value} is not a Platform class.")
-    fits = negotiate(cls.api)
-    if not fits.accepted:
-        raise RuntimeError(f"{cls.__name__} was {fits.reason}.")
-    if fits.shim is not None:
-        adapted: type[Platform] = fits.shim(cls)
-        cls = adapted
-    missing = sorted(getattr(cls, "__abstractmethods__", ()))
-    if missing:
-        raise TypeError(f"{cls.__name__} lacks {', '.join(missing)}.")
-    if cls.name != entry.name and entry.name:
-        raise ValueError(f"{cls.__name__} is called {cls.name!r}, its entry point {entry.name!r}.")
-    return cls
+_loaded: dict[EntryPoint, type[Platform] | str] = {}
+
+
+def _load_once(entry: EntryPoint, trial_seconds: float) -> type[Platform] | str:
+    """The class, or why there is none."""
+    if entry not in _loaded:
+        try:
+            asked = None if entry.dist is None else _admit(entry, trial_seconds)
+            _loaded[entry] = load(entry.value, entry.name, asked)
+        except (Exception, SystemExit) as error:
+            _loaded[entry] = reason_of(error)
+    return _loaded[entry]
+
+
+def _admit(entry: EntryPoint, trial_seconds: float) -> SpecifierSet:
+    """May this package's code run in this process? The contract versions that it asks for.
+
+    Raises `ManifestError`, or `HarmfulPackage` with what the trial found, now or earlier.
+    """
+    from .manifest import check_manifest, read_manifest
+    from .trial import HarmfulPackage, try_out
+    from .trial_memory import TrialMemory, fingerprint
+
+    manifest = read_manifest(entry.value)
+    release = _release(entry)
+    check_manifest(manifest, release.partition(" ")[0])
+    memory, mark = TrialMemory(), fingerprint(entry.value, release, manifest)
+    verdict = memory.recall(entry.value, mark)
+    if verdict is None:
+        verdict = try_out(entry.value, entry.name, trial_seconds)
+        memory.remember(entry.value, mark, verdict)
+    elif verdict:
+        verdict += " (found earlier; trimaran platforms --rescan tries again)"
+    if verdict:
+        raise HarmfulPackage(verdict)
+    return manifest.api
+
+
+def _release(entry: EntryPoint) -> str:
+    """Name and version of the distribution that brings the platform."""
+    if entry.dist is None:
+        return f"trimaran {__version__}" if entry in _BUILT_IN else ""
+    try:
+        return one_line(f"{entry.dist.name} {entry.dist.version}")
+    except Exception as error:  # metadata that is missing or damaged
+        return one_line(f"a package without a name ({error})")
