@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ..core.args import EngineArgs
 from ..core.dtypes import choose_dtype, choose_kv_dtype
 from ..core.model_files import read_hf_config, resolve_model_path
@@ -13,17 +11,11 @@ from ..core.models.decoder import Decoder
 from ..core.models.registry import decoder_spec
 from ..core.models.step import StepBuffers, StepGroup
 from ..core.ops import Binding, OpBinder
+from ..core.planning.memory import ShapesOnly
 from ..core.runner.runner import bind_ends
 from ..core.sizing import measure_groups
 from ..platforms.communicator import LocalCommunicator
 from ..platforms.interface import Platform
-
-
-class ShapesOnly:
-    """A device whose tensors have a shape and an element type, and nothing in them."""
-
-    def alloc(self, shape: tuple[int, ...], dtype: torch.dtype, *, tag: str) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def bindings_of(platform: Platform, args: EngineArgs) -> list[Binding]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench": "Measure throughput, latency, or a running server.",
     "conform": "Prove a platform: its contract, its ops, engines and servers on it.",
     "platforms": "What hardware is here, what was chosen, and why not the rest.",
+    "plan": "What a model needs and how fast it can be, before anything is loaded.",
     "doctor": "A report on the environment.",
 }
 

@@ -83,11 +83,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_hf_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    """config.json with `overrides` merged over it (objects are merged key by key)."""
-    config = _merge(read_json(path / "config.json"), overrides)
+    """The config.json in the directory `path`, or the file `path`, with `overrides` merged over it
+    (objects are merged key by key)."""
+    path = path if path.is_file() else path / "config.json"
+    config = _merge(read_json(path), overrides)
     if code := code_of(config):
         raise ModelLoadError(
-            f"{path / 'config.json'} wants code of its own to be run ({code}), and code that comes "
+            f"{path} wants code of its own to be run ({code}), and code that comes "
             "with a model is never run here. If one of the architectures that are served describes "
             "this model without it, take `auto_map` out, for instance with "
             "--hf-overrides '{\"auto_map\": null}'."
@@ -95,7 +97,7 @@ def read_hf_config(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     architectures = config.get("architectures")
     if not (isinstance(architectures, list) and architectures):
         raise ModelLoadError(
-            f"{path / 'config.json'} names no `architectures`: it cannot be told how to run this "
+            f"{path} names no `architectures`: it cannot be told how to run this "
             'model. Add them, or pass --hf-overrides \'{"architectures": ["…"]}\'.'
         )
     return config

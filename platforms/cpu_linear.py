@@ -120,10 +120,35 @@ class CpuDensePacker(WeightPacker):
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         weight = tensors["weight"]
         if weight.dtype == torch.bfloat16 and not onednn_refusal():
-            return PackedWeight(ONEDNN, shape, (_onednn_pack(weight),))
+            packed = _onednn_pack(weight)
+            return PackedWeight(ONEDNN, shape, (packed,), _onednn_bytes(shape))
         if weight.dtype != torch.float32 and not fbgemm_refusal() and fits_fp16(weight):
-            return PackedWeight(FBGEMM, shape, (_fbgemm_pack(weight),))
+            packed = _fbgemm_pack(weight)
+            return PackedWeight(FBGEMM, shape, (packed,), _fbgemm_bytes(shape))
         return PackedWeight(DENSE, shape, (weight,))
+
+    def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int | None:
+        """For FBGEMM as if the weight fitted fp16, which trained and random ones do."""
+        if dtype == torch.bfloat16 and not onednn_refusal():
+            return _onednn_bytes(shape)
+        if dtype != torch.float32 and not fbgemm_refusal():
+            return _fbgemm_bytes(shape)
+        return None
+
+
+def _onednn_bytes(shape: tuple[int, int]) -> int:
+    """oneDNN's blocks of bfloat16: 64 outputs by 32 inputs, the edges filled up."""
+    return _rounded(shape[0], 64) * _rounded(shape[1], 32) * 2
+
+
+def _fbgemm_bytes(shape: tuple[int, int]) -> int:
+    """FBGEMM's fp16 panels (`PackedGemmMatrixB`, fbgemm/FbgemmPackMatrixB.h): 16 outputs by 512
+    inputs, the edges filled up."""
+    return _rounded(shape[0], 16) * _rounded(shape[1], 512) * 2
+
+
+def _rounded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 class Linear(OpImpl):

@@ -1,0 +1,208 @@
+"""The bytes one rank holds, by building its decoder on tensors without storage."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...platforms.interface import Communicator, PackedWeight
+from ...platforms.ops import DENSE
+from ..config import EngineConfig
+from ..models.decoder import Decoder
+from ..models.registry import decoder_spec
+from ..models.spec import DecoderSpec
+from ..models.step import StepBuffers, StepGroup, make_groups
+from ..ops import OpBinder
+from ..runner.rows import SLACK, RowTable
+
+
+class ShapesOnly:
+    """A device whose tensors have a shape and an element type, and nothing in them."""
+
+    def __init__(self) -> None:
+        self._allocated: list[tuple[weakref.ref[Tensor], str]] = []
+
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, *, tag: str) -> Tensor:
+        tensor = torch.empty(tuple(shape), dtype=dtype, device="meta")
+        self._allocated.append((weakref.ref(tensor), tag))
+        return tensor
+
+    def held(self) -> list[tuple[Tensor, str]]:
+        """What was allocated and is still referred to, with its tag."""
+        found = ((reference(), tag) for reference, tag in self._allocated)
+        return [(tensor, tag) for tensor, tag in found if tensor is not None]
+
+
+class PlannedRank(Communicator):
+    """The first rank of a group that is not there: layers only ask it for its place."""
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError("a planned rank computes nothing")
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        raise NotImplementedError("a planned rank computes nothing")
+
+    def broadcast(self, tensor: Tensor, source: int) -> Tensor:
+        raise NotImplementedError("a planned rank computes nothing")
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class PackingSizes(OpBinder):
+    """Binds through `real`, whose choices it shares, and weighs what the packer would make."""
+
+    def __init__(self, real: OpBinder, device: Any) -> None:
+        super().__init__(real.platform, device)
+        self._real = real
+        self.packed = 0  # bytes of packed layouts, beside what the device allocated
+        self._kept: list[Tensor] = []
+
+    def bind(self, op: str, dtype: torch.dtype, **sizes: int) -> Any:
+        return self._real.bind(op, dtype, **sizes)
+
+    def bind_chain(self, dtype: torch.dtype, *parts: tuple[str, Mapping[str, int]]) -> Any:
+        return self._real.bind_chain(dtype, *parts)
+
+    def pack(self, weight: Tensor, reader: Any = None) -> PackedWeight:
+        shape = (weight.shape[0], weight.shape[1])
+        size = self._real.packer(weight.dtype, shape, reader).packed_bytes(weight.dtype, shape)
+        if size is None:
+            self._kept.append(weight)
+            return PackedWeight(DENSE, shape, (weight,))
+        self.packed += size
+        return PackedWeight("planned", shape, ())
+
+    def keeps(self, table: Tensor) -> bool:
+        """Was this very tensor to be packed, and is read as it is?"""
+        return any(weight is table for weight in self._kept)
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank. `matrices`: linear layers as the platform holds them, the head included
+    unless it is the embedding's own table (`head_is_table`); `vectors`: norms and biases."""
+
+    matrices: int
+    embedding: int
+    vectors: int
+    rope: int
+    step: int
+    rows: int
+    head_is_table: bool
+    shapes: dict[str, tuple[int, ...]]
+    """Checkpoint tensor → shape in the whole model."""
+
+    @property
+    def weights(self) -> int:
+        return self.matrices + self.embedding + self.vectors + self.rope
+
+    @property
+    def read_per_step(self) -> int:
+        """Bytes of weights that every step reads: all but a table that is only looked up in."""
+        return self.matrices + self.vectors + (self.embedding if self.head_is_table else 0)
+
+
+def rank_memory(
+    spec: DecoderSpec,
+    binder: OpBinder,
+    groups: Sequence[StepGroup],
+    *,
+    dtype: torch.dtype,
+    ranks: int,
+    max_tokens: int,
+    max_model_len: int,
+    num_seqs: int,
+) -> RankMemory:
+    """What the first of `ranks` ranks holds for steps of `max_tokens` and `num_seqs` rows.
+    `groups`: new ones, with this rank's share of the heads."""
+    device: Any = ShapesOnly()
+    packing = PackingSizes(binder, device)
+    with torch.device("meta"):
+        buffers = StepBuffers(
+            device, groups, max_tokens=max_tokens, max_positions=max_model_len + SLACK
+        )
+        decoder = Decoder(spec, packing, buffers, PlannedRank(ranks), dtype=dtype)
+        shapes = {slot.name: slot.shape for slot in decoder.slots()}
+        decoder.finish()
+        rows = RowTable(device, num_seqs, max_model_len, [g.spec.block_size for g in groups])
+    held = device.held()
+    del rows
+    assert decoder.embed is not None
+    sizes: Counter[str] = Counter()
+    vectors = 0
+    for tensor, tag in held:
+        sizes[tag] += tensor.numel() * tensor.element_size()
+        if tag == "weights" and tensor.dim() == 1:
+            vectors += tensor.numel() * tensor.element_size()
+    table = decoder.embed.table
+    embedding = table.numel() * table.element_size()
+    rope = (max_model_len + SLACK) * spec.rope.dim * torch.float32.itemsize
+    kept = sizes["weights"] - embedding - rope - vectors
+    return RankMemory(
+        matrices=kept + packing.packed,
+        embedding=embedding,
+        vectors=vectors,
+        rope=rope,
+        step=sizes["step"],
+        rows=sizes["rows"],
+        head_is_table=packing.keeps(table),
+        shapes=shapes,
+    )
+
+
+def planned_tags(config: EngineConfig, binder: OpBinder) -> dict[str, int]:
+    """Tag of the allocator → bytes that one rank of this configuration is to hold."""
+    model, scheduler, ranks = config.model, config.scheduler, config.parallel.tensor_parallel_size
+    spec = decoder_spec(model.hf_config)
+    groups = make_groups(spec, binder, config.cache, dtype=model.dtype, ranks=ranks)
+    memory = rank_memory(
+        spec,
+        binder,
+        groups,
+        dtype=model.dtype,
+        ranks=ranks,
+        max_tokens=max(
+            scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *scheduler.token_buckets
+        ),
+        max_model_len=scheduler.max_model_len,
+        num_seqs=scheduler.max_num_seqs,
+    )
+    kv = sum(
+        group.impl.block_bytes(group.spec) * len(group.layers) * cache.num_blocks
+        for group, cache in zip(groups, config.cache.groups, strict=True)
+    )
+    return {"weights": memory.weights, "kv": kv, "step": memory.step, "rows": memory.rows}
+
+
+def activation_bytes(
+    spec: DecoderSpec, dtype: torch.dtype, *, ranks: int, tokens: int, logits: int
+) -> int:
+    """The most that intermediate tensors of a step of `tokens` take at once, `logits` rows of
+    which yield scores: the widest point of a layer, or the head. What an implementation takes
+    inside one op is its own matter and not in it."""
+    heads, kv_heads = spec.rank_heads(ranks)
+    hidden, width, dim = spec.hidden_size, spec.intermediate_size // ranks, spec.head_dim
+    # Each time the residual stream and its normed form live on beside the widest point.
+    qkv = (heads + 2 * kv_heads) * dim
+    attention = 2 * hidden + qkv + (heads + kv_heads) * dim + heads * dim
+    feed_forward = 2 * hidden + 3 * width
+    layer = tokens * max(attention, feed_forward) * dtype.itemsize
+    # Scores in the model's dtype, then in fp32.
+    scores = dtype.itemsize + torch.float32.itemsize if dtype != torch.float32 else dtype.itemsize
+    head = tokens * hidden * dtype.itemsize + logits * spec.vocab_size * scores
+    return max(layer, head)

@@ -1,0 +1,433 @@
+"""`plan`: one model on one device, from facts alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...platforms.interface import Finding
+from ..args import EngineArgs, parse_size
+from ..dtypes import choose_dtype, choose_kv_dtype, dtype_name
+from ..errors import ConfigError, PlatformError
+from ..models.spec import DecoderSpec, LayerGroup
+from ..models.step import StepGroup, slot_dtype
+from ..ops import OpBinder
+from ..resolve import DEVICE_BATCHED_TOKENS, DEVICE_SEQS, HOST_BATCHED_TOKENS, HOST_SEQS
+from ..sizing import GroupSize, default_budget, longest_that_fits, measure_groups, sequence_bytes
+from .limits import PREFILL_TOKENS, Load
+from .memory import RankMemory, activation_bytes, rank_memory
+from .model import ModelFacts, Parameters
+from .report import BYTES, TOKENS, Figure, Plan, Section
+from .targets import Target
+
+NOT_COUNTED = (
+    "not counted: the interpreter and libraries (the process before it loads anything), what an "
+    "implementation takes inside one op, log-probabilities of prompts, and rows of penalties"
+)
+FIXED = ("weights", "step buffers", "rows", "activations")
+"""What is held beside the KV cache, whatever its size."""
+DEFAULT_CONTEXT = 4096
+BLOCK = 32
+UNBOUNDED = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the engine would run with: `resolve`'s defaults, without opening or refusing
+    anything. Lengths in tokens; `context`: of the sequences that batches are planned for."""
+
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    ranks: int
+    max_model_len: int
+    num_seqs: int
+    batched_tokens: int
+    context: int
+    block_size: int | None
+
+    def named(self) -> dict[str, object]:
+        return {
+            "dtype": dtype_name(self.dtype),
+            "kv_cache_dtype": dtype_name(self.kv_dtype),
+            "tensor_parallel_size": self.ranks,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.num_seqs,
+            "max_num_batched_tokens": self.batched_tokens,
+            "block_size": self.block_size,
+        }
+
+
+def plan(facts: ModelFacts, args: EngineArgs, target: Target, context: int | None = None) -> Plan:
+    """What `facts` needs on `target` with `args`, and what it can give; `context`: tokens of the
+    sequences that batches are planned for. Raises TrimaranError where the platform cannot run it
+    in this way at all."""
+    settings = _settings(facts, args, target, context)
+    findings = tuple(target.platform.review(_flat(args, settings)))
+    changes = {one.field: one.value for one in findings if one.kind == "adjust"}
+    if changes:
+        args = dataclasses.replace(args, **changes)
+        settings = _settings(facts, args, target, context)
+    return _Planner(facts, args, target, settings, findings).plan()
+
+
+def _settings(facts: ModelFacts, args: EngineArgs, target: Target, context: int | None) -> Settings:
+    known, name = target.capabilities, target.platform.name
+    dtype = choose_dtype(args.dtype, facts.config, known, name)
+    on_host = known.unified_memory
+    asked = args.max_model_len
+    length = facts.max_positions if asked in (None, "auto") else parse_size(asked, "max_model_len")
+    if length > facts.max_positions:
+        raise ConfigError(
+            f"max_model_len is {length}, but the model has {facts.max_positions} positions.",
+            param="max_model_len",
+        )
+    seqs = args.max_num_seqs or (HOST_SEQS if on_host else DEVICE_SEQS)
+    tokens = args.max_num_batched_tokens or max(
+        HOST_BATCHED_TOKENS if on_host else DEVICE_BATCHED_TOKENS,
+        seqs,
+        0 if args.enable_chunked_prefill else length,
+    )
+    limit = target.platform.step_limits(dataclasses.asdict(args)).max_tokens
+    return Settings(
+        dtype=dtype,
+        kv_dtype=choose_kv_dtype(args.kv_cache_dtype, dtype, known, name),
+        ranks=args.tensor_parallel_size,
+        max_model_len=length,
+        num_seqs=seqs,
+        batched_tokens=min(tokens, limit or tokens),
+        context=min(length, context or (DEFAULT_CONTEXT if asked is None else length)),
+        block_size=args.block_size,
+    )
+
+
+def _flat(args: EngineArgs, settings: Settings) -> dict[str, object]:
+    """As `resolve.flat_plan` asks a platform about a resolved configuration."""
+    named = settings.named()
+    if settings.block_size is None:
+        named.pop("block_size")
+    return dataclasses.asdict(args) | named
+
+
+class _Planner:
+    """One pass; every method fills one section."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        args: EngineArgs,
+        target: Target,
+        settings: Settings,
+        findings: Sequence[Finding],
+    ) -> None:
+        self._facts = facts
+        self._args = args
+        self._target = target
+        self._settings = settings
+        self._findings = tuple(findings)
+        self._notes: list[str] = list(facts.remarks)
+        self._memory: RankMemory | None = None
+        if facts.spec is None:
+            self._notes.append(
+                "not runnable by this engine yet: figures only. Weights are taken as "
+                f"{dtype_name(settings.dtype)}, unpacked. {facts.obstacle}"
+            )
+            self._sizes, self._kv_source = [self._plain_group()], "config.json, no platform's block"
+        else:
+            binder = OpBinder(target.platform)
+            self._sizes, self._kv_source = self._measure(facts.spec)
+            self._memory = self._rank_memory(facts.spec, binder)
+        shapes = facts.shapes if self._memory is None else self._memory.shapes
+        self._parameters: Parameters = facts.parameters(shapes)
+
+    def plan(self) -> Plan:
+        facts, settings, target = self._facts, self._settings, self._target
+        self._check_headers()
+        held = self._held()
+        sections: dict[str, Section] = {
+            "parameters": self._counts(),
+            "memory": held,
+            "fits": self._fits(held),
+        }
+        sections["limits"] = self._limits(sections["fits"])
+        self._notes.append(NOT_COUNTED)
+        return Plan(
+            model=facts.name,
+            architecture=facts.architecture,
+            runnable=facts.spec is not None,
+            platform=target.platform.name,
+            device=target.title,
+            present=target.present,
+            settings=settings.named() | {"context": settings.context},
+            sections=sections,
+            findings=self._findings,
+            notes=tuple(self._notes),
+        )
+
+    # -- what is held --------------------------------------------------------------------------
+
+    def _measure(self, spec: DecoderSpec) -> tuple[list[GroupSize], str]:
+        settings = self._settings
+        try:
+            sizes = measure_groups(
+                self._target.platform,
+                spec,
+                dtype=settings.dtype,
+                kv_dtype=settings.kv_dtype,
+                block_size=settings.block_size,
+                ranks=settings.ranks,
+            )
+            return sizes, "the platform's attention: bytes of a block"
+        except PlatformError:
+            if self._target.present:
+                raise
+        self._notes.append("the platform's attention does not answer without its device")
+        block = settings.block_size or BLOCK
+        kv_heads = spec.rank_heads(settings.ranks)[1]
+        token = 2 * kv_heads * spec.head_dim * settings.kv_dtype.itemsize
+        groups = spec.cache_groups()
+        sizes = [GroupSize(group, block, token * block * len(group.layers)) for group in groups]
+        return sizes, "keys and values of every head, by config.json"
+
+    def _plain_group(self) -> GroupSize:
+        """A cache of blocks without padding, for models that have no layers here."""
+        (shape,) = self._facts.attention
+        share = shape.kv_elements * self._settings.kv_dtype.itemsize // self._kv_split
+        group = LayerGroup("full", tuple(range(shape.layers)), shape.window)
+        return GroupSize(group, BLOCK, share * BLOCK * shape.layers)
+
+    @property
+    def _kv_split(self) -> int:
+        """Ranks that keep different heads; a compressed vector is kept by each."""
+        spec, config = self._facts.spec, self._facts.config
+        heads = spec.num_kv_heads if spec else int(config.get("num_key_value_heads") or 1)
+        return 1 if config.get("kv_lora_rank") else min(self._settings.ranks, heads)
+
+    def _rank_memory(self, spec: DecoderSpec, binder: OpBinder) -> RankMemory:
+        settings = self._settings
+        groups = []
+        for size in self._sizes:
+            attention = spec.attention_spec(
+                size.group,
+                dtype=settings.dtype,
+                kv_dtype=settings.kv_dtype,
+                block_size=size.block_size,
+                ranks=settings.ranks,
+            )
+            slots = slot_dtype(self._target.platform, attention)
+            # Layers only ask a group for its place: no implementation is needed to build them.
+            nothing: Any = None
+            groups.append(StepGroup(size.group.layers, attention, nothing, slots))
+        return rank_memory(
+            spec,
+            binder,
+            groups,
+            dtype=settings.dtype,
+            ranks=settings.ranks,
+            max_tokens=max(settings.batched_tokens, settings.num_seqs),
+            max_model_len=settings.max_model_len,
+            num_seqs=settings.num_seqs,
+        )
+
+    def _check_headers(self) -> None:
+        """Say where the checkpoint is not what the loader will ask for."""
+        stored, spec = self._facts.stored, self._facts.spec
+        if stored is None or spec is None or self._memory is None:
+            return
+        wrong = [
+            name for name, shape in self._memory.shapes.items() if stored.shapes.get(name) != shape
+        ]
+        if wrong:
+            self._notes.append(
+                f"the checkpoint will not load: {len(wrong)} of its tensors are missing or have "
+                f"another shape than config.json says ({', '.join(wrong[:3])}…)"
+            )
+
+    def _counts(self) -> Section:
+        one, stored = self._parameters, self._facts.stored
+        source = "config.json" if stored is None else "config.json and safetensors headers"
+        if self._facts.spec is None:
+            source = "transformers' modules for config.json"
+        figures = {
+            "parameters": Figure(one.total, "elements", source),
+            "embedding": Figure(one.embedding, "elements", source),
+            "head": Figure(one.head, "elements", "the embedding's table" if one.tied else source),
+            "body": Figure(one.body, "elements", source),
+            "used by a token": Figure(
+                one.active_body + one.head,
+                "elements",
+                f"body and head, {one.routed:.3g} of {one.experts} in experts"
+                if one.experts
+                else "body and head",
+            ),
+        }
+        if stored is not None:
+            figures["checkpoint"] = Figure(
+                stored.size, BYTES, f"safetensors headers: {', '.join(stored.dtypes)}"
+            )
+        return figures
+
+    def _held(self) -> Section:
+        settings, memory = self._settings, self._memory
+        kv_token = sum(size.block_bytes / size.block_size for size in self._sizes)
+        if memory is None:
+            size = self._parameters.total * settings.dtype.itemsize / settings.ranks
+            weights = {
+                "weights": Figure(size, BYTES, f"parameters in {dtype_name(settings.dtype)}")
+            }
+            unknown = Figure(None, BYTES, "unknown: no layers for it here yet")
+            steps = {"step buffers": unknown, "rows": unknown, "activations": unknown}
+        else:
+            assert self._facts.spec is not None
+            weights, steps = self._weights_of(memory), self._steps_of(memory, self._facts.spec)
+        return {
+            **weights,
+            "KV a token": Figure(kv_token, BYTES, self._kv_source),
+            **{
+                f"KV block, {size.group.name}": Figure(
+                    size.block_bytes,
+                    BYTES,
+                    f"{size.block_size} tokens in {len(size.group.layers)} layers",
+                )
+                for size in self._sizes
+            },
+            **steps,
+        }
+
+    def _weights_of(self, memory: RankMemory) -> dict[str, Figure]:
+        head = "the head is the embedding's table" if memory.head_is_table else "head included"
+        return {
+            "weights": Figure(memory.weights, BYTES, "the four below"),
+            "matrices": Figure(memory.matrices, BYTES, f"as the platform packs them, {head}"),
+            "embedding": Figure(memory.embedding, BYTES, "kept as it is, to be looked up in"),
+            "norms and biases": Figure(memory.vectors, BYTES, "the decoder's own tensors"),
+            "rope table": Figure(memory.rope, BYTES, "fp32, a row a position of max_model_len"),
+        }
+
+    def _steps_of(self, memory: RankMemory, spec: DecoderSpec) -> dict[str, Figure]:
+        settings = self._settings
+        activations = activation_bytes(
+            spec,
+            settings.dtype,
+            ranks=settings.ranks,
+            tokens=settings.batched_tokens,
+            logits=settings.num_seqs,
+        )
+        return {
+            "step buffers": Figure(memory.step, BYTES, f"{settings.batched_tokens} tokens"),
+            "rows": Figure(memory.rows, BYTES, f"{settings.num_seqs} sequences and one spare"),
+            "activations": Figure(
+                activations,
+                BYTES,
+                f"the widest point of a step of {settings.batched_tokens} tokens, "
+                f"{settings.num_seqs} rows of logits",
+            ),
+        }
+
+    # -- what fits -----------------------------------------------------------------------------
+
+    def _fits(self, held: Section) -> Section:
+        memory, args, settings = self._target.memory, self._args, self._settings
+        if not memory.total:
+            unknown = Figure(None, TOKENS, "unknown: the platform does not say its memory")
+            return {"memory for KV": unknown, "largest context": unknown, "largest batch": unknown}
+        source = f"{args.gpu_memory_utilization:g} of the memory, less the above"
+        if args.kv_cache_memory_bytes is not None:
+            budget = parse_size(args.kv_cache_memory_bytes, "kv_cache_memory_bytes")
+            source = "kv_cache_memory_bytes"
+        else:
+            fixed = sum(held[name].value or 0 for name in FIXED)
+            on_host = self._target.capabilities.unified_memory
+            if on_host:
+                source = "half of the free memory at most, less the above"
+            budget = default_budget(
+                memory,
+                int(fixed * settings.ranks),
+                share=args.gpu_memory_utilization,
+                on_host=on_host,
+                ranks=settings.ranks,
+            )
+        return {
+            "device memory": Figure(memory.total, BYTES, "the platform"),
+            "free memory": Figure(
+                memory.free, BYTES, "now" if self._target.present else "all of it, if nothing runs"
+            ),
+            "memory for KV": Figure(max(0, budget), BYTES, source),
+            "largest context": self._longest(budget),
+            "largest batch": self._batch(budget),
+        }
+
+    def _longest(self, budget: int) -> Figure:
+        limit = self._facts.max_positions
+        length = longest_that_fits(self._sizes, budget, UNBOUNDED)
+        if not self._room_for(1, length, budget):
+            self._notes.append("does not fit: no memory is left for a KV cache")
+            return Figure(0, TOKENS, "batch 1; the weights leave no room")
+        if all(size.group.sliding_window for size in self._sizes) or length >= limit:
+            return Figure(limit, TOKENS, "batch 1; the model's positions, memory holds more")
+        return Figure(length, TOKENS, f"batch 1; of the model's {limit} positions")
+
+    def _batch(self, budget: int) -> Figure:
+        context = self._settings.context
+        scratch = sum(size.block_bytes for size in self._sizes)
+        batch = max(0, (budget - scratch) // sequence_bytes(self._sizes, context))
+        return Figure(batch, "sequences", f"of {context} tokens each, by memory")
+
+    def _room_for(self, batch: int, length: int, budget: int) -> bool:
+        scratch = sum(size.block_bytes for size in self._sizes)
+        return batch * sequence_bytes(self._sizes, length) + scratch <= budget
+
+    # -- how fast ------------------------------------------------------------------------------
+
+    def _limits(self, fits: Section) -> Section:
+        line, settings = self._target.roofline, self._settings
+        names = ("decode, batch 1", "decode, largest batch", f"prefill of {PREFILL_TOKENS}")
+        if line is None:
+            unknown = Figure(None, "tokens/s", "unknown: the platform names no roofline")
+            return dict.fromkeys(names, unknown)
+        flops = line.flops.get(dtype_name(settings.dtype))
+        source = line.source
+        if flops is None:
+            self._notes.append(
+                f"the rate of {dtype_name(settings.dtype)} products is not known: limits are those "
+                "of the memory alone"
+            )
+        rate, load = flops or math.inf, self._load()
+        context = settings.context
+        one = load.decode_seconds(1, context, line, rate)
+        batch = int(min(fits["largest batch"].value or 0, settings.num_seqs))
+        many = load.decode_seconds(batch, context, line, rate) if batch else None
+        prefill = load.prefill_seconds(PREFILL_TOKENS, line, rate)
+        return {
+            "memory bandwidth": Figure(line.bandwidth, "bytes/s", source),
+            f"{dtype_name(settings.dtype)} products": Figure(flops, "flop/s", source),
+            names[0]: Figure(1 / one, "tokens/s", f"context {context}; launches take nothing"),
+            names[1]: Figure(
+                batch / many if many else None,
+                "tokens/s",
+                f"{batch} sequences of {context}"
+                + (f": max_num_seqs, of {fits['largest batch'].value:g}" if many else " fit"),
+            ),
+            names[2]: Figure(prefill, "seconds", f"{PREFILL_TOKENS} tokens, alone"),
+        }
+
+    def _load(self) -> Load:
+        settings, memory, one = self._settings, self._memory, self._parameters
+        itemsize = settings.dtype.itemsize
+        if memory is not None:
+            read: float = memory.read_per_step
+        else:
+            read = (one.body + one.head) * itemsize / settings.ranks
+        return Load(
+            facts=self._facts,
+            parameters=one,
+            read_bytes=read,
+            expert_bytes=one.experts * itemsize / settings.ranks,
+            kv_itemsize=settings.kv_dtype.itemsize,
+            ranks=settings.ranks,
+            kv_split=self._kv_split,
+        )
