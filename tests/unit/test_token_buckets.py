@@ -1,0 +1,301 @@
+"""Token buckets: what `resolve` makes of them, how a step is padded, and what a step graph is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trimaran.core import resolve as resolve_module
+from trimaran.core.args import EngineArgs
+from trimaran.core.config import SchedulerConfig
+from trimaran.core.errors import ConfigError, PlatformError
+from trimaran.core.models.trace import StepTracer, TracedAttention, TraceError
+from trimaran.core.ops import OpBinder
+from trimaran.core.plan import StepPlan
+from trimaran.core.resolve import resolve
+from trimaran.core.runner.batch import StagedBatch, StepRows
+from trimaran.core.runner.compiled import step_tracer
+from trimaran.core.runner.rows import RowTable
+from trimaran.platforms.host_device import HostDevice
+from trimaran.platforms.interface import (
+    AttentionImpl,
+    PackedWeight,
+    StepGraph,
+    StepLimits,
+    StepMetadata,
+    StepNode,
+    Value,
+    View,
+    WeightPacker,
+)
+from trimaran.platforms.step_graph import interpret
+from trimaran.platforms.strict import StrictKnobs, StrictPlatform
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 1024,
+    "torch_dtype": "float32",
+}
+
+# ---------------------------------------------------------------------------------------------
+# Resolution
+# ---------------------------------------------------------------------------------------------
+
+Resolve = Callable[..., SchedulerConfig]
+
+
+@pytest.fixture
+def scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Resolve:
+    """What is resolved on a platform with these step limits."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+
+    def make(limits: StepLimits, **args: Any) -> SchedulerConfig:
+        platform = StrictPlatform(StrictKnobs(limits=limits))
+        monkeypatch.setattr(resolve_module, "make_platform", lambda name: platform)
+        values = {"kv_cache_memory_bytes": "64M"} | args
+        return resolve(EngineArgs(model=str(tmp_path), platform="strict", **values)).scheduler
+
+    return make
+
+
+def test_the_largest_bucket_bounds_the_defaults(
+    scheduler: Resolve, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "trimaran.resolve"):
+        found = scheduler(StepLimits(token_buckets=(128, 8, 32, 8)))
+    assert found.token_buckets == (8, 32, 128)
+    assert (found.max_num_batched_tokens, found.max_num_seqs) == (128, 128)
+    assert "max_num_batched_tokens=128: the platform's largest bucket" in caplog.text
+    assert scheduler(StepLimits()).token_buckets == ()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "buckets"), [(8, (8,)), (9, (8, 32)), (32, (8, 32)), (100, (8, 32, 128))]
+)
+def test_buckets_that_no_step_reaches_are_left_out(
+    scheduler: Resolve, tokens: int, buckets: tuple[int, ...]
+) -> None:
+    limits = StepLimits(token_buckets=(8, 32, 128))
+    found = scheduler(limits, max_num_batched_tokens=tokens)
+    assert (found.max_num_batched_tokens, found.token_buckets) == (tokens, buckets)
+    assert found.max_num_seqs == tokens
+
+
+@pytest.mark.parametrize("name", ["max_num_batched_tokens", "max_num_seqs"])
+def test_what_was_asked_for_and_fits_no_bucket_is_refused(scheduler: Resolve, name: str) -> None:
+    limits = StepLimits(token_buckets=(8, 32))
+    with pytest.raises(ConfigError, match=rf"{name} is 33, .*'strict'.*\(8, 32\).* 32 at most"):
+        scheduler(limits, **{name: 33})
+    assert getattr(scheduler(limits, **{name: 32}), name) == 32
+
+
+def test_the_lower_of_two_limits_counts(scheduler: Resolve) -> None:
+    found = scheduler(StepLimits(max_tokens=40, token_buckets=(8, 32, 128)), max_num_seqs=4)
+    assert (found.max_num_batched_tokens, found.token_buckets) == (40, (8, 32, 128))
+    found = scheduler(StepLimits(max_tokens=200, token_buckets=(8, 32, 128)), max_num_seqs=4)
+    assert found.max_num_batched_tokens == 128
+
+
+def test_whole_prompts_have_to_fit_the_largest_bucket(scheduler: Resolve) -> None:
+    limits = StepLimits(token_buckets=(8, 512))
+    with pytest.raises(ConfigError, match="Without chunked prefill"):
+        scheduler(limits, enable_chunked_prefill=False)
+    whole = scheduler(limits, enable_chunked_prefill=False, max_model_len="512")
+    assert whole.max_num_batched_tokens == 512
+
+
+def test_a_bucket_holds_a_token(scheduler: Resolve) -> None:
+    with pytest.raises(PlatformError, match="'strict' has a token bucket of 0"):
+        scheduler(StepLimits(token_buckets=(0, 8)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Padding
+# ---------------------------------------------------------------------------------------------
+
+
+def test_padding_is_sequences_of_one_token_after_the_others() -> None:
+    plan = StepPlan(0, rows=[3, 1], starts=[5, 0], counts=[1, 3], emits=[True, False])
+    padded = StepRows.of(plan).padded(7, scratch=9)
+    batch = StagedBatch.stage(HostDevice(), padded)
+    assert batch.places.tolist() == [[3, 1, 1, 1, 9, 9, 9], [5, 0, 1, 2, 0, 0, 0]]
+    assert batch.query_starts == [0, 1, 4, 5, 6, 7]
+    assert batch.seq_lens == [6, 3, 1, 1, 1]
+    assert batch.rows.tolist() == [3, 1, 9, 9, 9]
+    assert padded.emits.tolist() == [True, False, False, False, False]
+    assert all(array.dtype == np.int64 for array in (padded.rows, padded.counts, padded.ends))
+
+
+def test_a_full_step_and_an_empty_one() -> None:
+    full = StepRows.of(StepPlan(0, rows=[0], starts=[0], counts=[4], emits=[True]))
+    assert full.padded(4, scratch=9) is full
+    empty = StagedBatch.stage(HostDevice(), StepRows.of(StepPlan(0)).padded(2, scratch=9))
+    assert empty.places.tolist() == [[9, 9], [0, 0]]
+    assert empty.query_starts == [0, 1, 2]
+
+
+def test_the_scratch_row_is_nobodys() -> None:
+    table = RowTable(HostDevice(), 4, 30, [8])
+    assert table.scratch == 4 and len(table.tokens) == len(table.blocks[0]) == 5
+    assert not table.tokens[4].any() and not table.blocks[0][4].any()
+
+
+# ---------------------------------------------------------------------------------------------
+# Step graphs
+# ---------------------------------------------------------------------------------------------
+
+WEIGHT = torch.arange(1.0, 4.0)
+
+
+def node(op: str, call: Callable[..., Any], *arguments: Any, outputs: int = 1) -> StepNode:
+    return StepNode(op, call, arguments, outputs)
+
+
+def test_a_graph_means_its_calls_in_order() -> None:
+    """Values by position, views of a value that is not laid out in rows, metadata by group."""
+    ids = torch.tensor([2, 0])
+    nodes = (
+        node("embed", lambda ids: (ids.repeat(3, 1).t(), ids + 1), ids, outputs=2),
+        node("add", lambda a, b: a + b, Value(0, 1), StepMetadata(1)),
+        node("kv_write", lambda a: None, Value(1), outputs=0),
+        node("linear+silu_mul", lambda a, b: a * b, View(Value(0), (2,), (3,), 1), Value(1)),
+    )
+    step = interpret(StepGraph(2, nodes, View(Value(3), (2, 1), (1, 1), 0)))
+    assert step([None, 10]).tolist() == [[2 * 13], [0]]
+    ids.copy_(torch.tensor([1, 4]))  # a persistent tensor: its content is read in each step
+    assert step([None, 20]).tolist() == [[22], [4 * 25]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "result", "message"),
+    [
+        ((node("conjure", id, WEIGHT),), Value(0), "Node 0 is 'conjure'"),
+        ((node("linear+conjure", id, WEIGHT),), Value(0), "no chain of ops"),
+        ((node("silu_mul", id, Value(0)),), Value(0), r"Node 0 \(silu_mul\) reads"),
+        ((node("silu_mul", id, WEIGHT),), Value(0, 1), "The result reads"),
+        ((node("silu_mul", id, WEIGHT),), View(Value(1), (1,), (1,), 0), "The result reads"),
+    ],
+)
+def test_a_malformed_graph_is_refused(nodes: Any, result: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        interpret(StepGraph(1, nodes, result))
+
+
+def test_an_op_that_makes_something_else_is_noticed() -> None:
+    graph = StepGraph(1, (node("silu_mul", lambda x: (x, x), WEIGHT),), Value(0))
+    with pytest.raises(ValueError, match="2 outputs, not 1"):
+        interpret(graph)([])
+
+
+# ---------------------------------------------------------------------------------------------
+# Tracing
+# ---------------------------------------------------------------------------------------------
+
+
+class Toy:
+    """A decoder of two ops, as far as a tracer looks at one."""
+
+    def __init__(self, tracer: StepTracer, between: Callable[[Tensor], Any]) -> None:
+        self.ids = torch.tensor([1.0, 2.0, 3.0, 4.0])
+        self.buffers = type("Buffers", (), {"num_tokens": 4})
+        self.double = tracer.wrap("rms_norm", lambda x: x * 2)
+        add = tracer.wrap("add", lambda a, b: a + b)
+        self.fused = tracer.wrap("add_rms_norm", lambda a, b: (add(a, b), a))
+        self.between = between
+
+    def forward(self) -> Tensor:
+        return self.fused(self.between(self.double(self.ids)), WEIGHT[:2])[0]
+
+
+def trace(between: Callable[[Tensor], Any]) -> StepGraph:
+    tracer = StepTracer()
+    return tracer.trace(Toy(tracer, between))  # type: ignore[arg-type]
+
+
+def test_a_trace_has_a_node_for_each_call_the_decoder_makes() -> None:
+    graph = trace(lambda x: x.view(2, 2)[1])
+    assert [n.op for n in graph.nodes] == ["rms_norm", "add_rms_norm"], "a part is no node"
+    assert graph.nodes[1].arguments[0] == View(Value(0), (2,), (1,), 2)
+    assert graph.nodes[1].outputs == 2 and graph.result == Value(1, 0)
+    assert interpret(graph)([]).tolist() == [6 + 1, 8 + 2]
+    graph.nodes[0].arguments[0].mul_(10)
+    assert interpret(graph)([]).tolist() == [60 + 1, 80 + 2]
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda x: x[:2] + 1,
+        lambda x: x[:2].mul_(3),
+        lambda x: x[::2].flip(0),
+        lambda x: x[torch.tensor([0, 1])],
+        lambda x: x.view(2, 2).t().reshape(4)[:2],
+        lambda x: x[: int(x[0])],
+        lambda x: torch.ones(2),
+    ],
+)
+def test_what_no_graph_can_say_ends_the_trace(between: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(TraceError, match=r"aten\.\S+ runs between two ops"):
+        trace(between)
+
+
+def test_a_view_of_what_is_not_laid_out_in_rows_ends_the_trace() -> None:
+    tracer = StepTracer()
+    toy = Toy(tracer, lambda x: x[0, :2])
+    toy.double = tracer.wrap("rms_norm", lambda x: x.view(2, 2).t() if x.numel() else x)
+    with pytest.raises(TraceError, match="lies in no contiguous output"):
+        tracer.trace(toy)  # type: ignore[arg-type]
+    assert toy.forward().tolist() == [1 + 1, 3 + 2], "the trace is over"
+
+
+def test_traced_attention_passes_on_all_of_the_contract() -> None:
+    members = {name for name, value in vars(AttentionImpl).items() if callable(value)}
+    assert {name for name in members if not name.startswith("__")} <= set(vars(TracedAttention))
+
+
+def test_packing_looks_through_the_wrapping() -> None:
+    class OwnPacker(WeightPacker):
+        format = "dense"
+
+        def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+            return PackedWeight("own", shape, ())
+
+    class Packs(StrictPlatform):
+        def weight_packers(self) -> Mapping[str, WeightPacker]:
+            return {"dense": OwnPacker()}
+
+    for wrap in (None, StepTracer().wrap):
+        assert OpBinder(Packs(), None, wrap).pack(torch.ones(4, 4)).format == "own"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "ranks", "message"),
+    [
+        ({"compile_steps": False}, 1, ""),
+        ({}, 2, "cannot hold a group's collectives"),
+        ({"limits": StepLimits()}, 1, "no token buckets"),
+    ],
+)
+def test_why_steps_are_not_compiled(
+    knobs: dict[str, Any], ranks: int, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = {"compile_steps": True, "limits": StepLimits(token_buckets=(8,))} | knobs
+    platform = StrictPlatform(StrictKnobs(**values))
+    config = SchedulerConfig(max_model_len=64, token_buckets=values["limits"].token_buckets)
+    assert step_tracer(platform, 0, config, ranks) is None
+    assert message in caplog.text and bool(message) == bool(caplog.text)
