@@ -1,9 +1,266 @@
-"""Being written."""
+"""L1: every implementation of every op, forced, against the op's reference on the host; packers
+and fusions; attention is in `l1_attention`."""
 
 from __future__ import annotations
 
-from .base import Check, Subject
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..platforms.interface import (
+    Device,
+    Fusion,
+    OpImpl,
+    OpSignature,
+    PackedWeight,
+    Platform,
+    Support,
+    WeightPacker,
+)
+from ..platforms.ops import CHAINS, DENSE, OPS, DensePacker, ReferenceOp, Tolerance, chain
+from . import l1_attention
+from .attention_specs import dtypes
+from .base import Check, Failed, Measurements, Subject, expect
+from .cases import CASES, CHAIN_CASES, SPECIAL, SPREADS, Arguments, OpCase, dense, sizes
+from .compare import as_tuple, difference
+from .lab import Guarded, on_device, opened, to_host_all
+from .speed import op_speed
+
+TOKENS = (1, 3, 33, 130)
+QUICK_TOKENS = (1, 3, 33)
+UNUSUAL = (torch.float64, torch.int8, torch.bool)
 
 
 def checks(subject: Subject) -> list[Check]:
-    return []
+    platform = subject.platform()
+    found = []
+    for op, impls in _offered(platform).items():
+        for impl in impls:
+            at = f"{op}/{impl.name}"
+            found.append(_check(f"{at}/supports", check_supports, subject, impl))
+            for dtype in dtypes(platform, subject.device):
+                found.append(_check(f"{at}/{_name(dtype)}", check_op, subject, impl, dtype))
+                special = f"{at}/{_name(dtype)}/special"
+                found.append(_check(special, check_special, subject, impl, dtype))
+    for format, packer in platform.weight_packers().items():
+        for dtype in dtypes(platform, subject.device):
+            name = f"packer/{format}/{_name(dtype)}"
+            found.append(_check(name, check_packer, subject, packer, dtype))
+    for fusion in platform.fusions():
+        for dtype in dtypes(platform, subject.device):
+            name = f"fusion/{fusion.name}/{_name(dtype)}"
+            found.append(_check(name, check_fusion, subject, fusion, dtype))
+    return found + l1_attention.checks(subject)
+
+
+def _check(name: str, run: Callable[..., Measurements | None], *args: Any) -> Check:
+    return Check(name, partial(run, *args), about=(run.__doc__ or "").partition("\n")[0])
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _offered(platform: Platform) -> Mapping[str, Sequence[OpImpl]]:
+    """Every op with the platform's implementations; those of which it has none by the reference,
+    which then runs on the device."""
+    own = platform.ops()
+    return {op: own.get(op) or [ReferenceOp(spec)] for op, spec in OPS.items()}
+
+
+def cases_of(
+    op: str, dtype: torch.dtype, subject: Subject, variants: Mapping[str, Any]
+) -> Iterator[OpCase]:
+    """Few tokens first: the first case to fail is a small one."""
+    for tokens in QUICK_TOKENS if subject.quick else TOKENS:
+        for variant in variants:
+            yield OpCase(op, variant, tokens, dtype, subject.seed_of(op, variant, tokens))
+
+
+# ---------------------------------------------------------------------------------------------
+# One implementation
+# ---------------------------------------------------------------------------------------------
+
+
+def check_supports(subject: Subject, impl: OpImpl) -> None:
+    """It answers for every use, refuses with a reason, and raises nothing."""
+    uses = [OpSignature(impl.op, dtype) for dtype in UNUSUAL]
+    for dtype in dtypes(subject.platform(), subject.device):
+        uses.append(OpSignature(impl.op, dtype))
+        for variant in CASES[impl.op]:
+            args = OpCase(impl.op, variant, 1, dtype, 0).arguments()
+            uses += [
+                OpSignature(impl.op, dtype, {key: size * factor for key, size in known.items()})
+                for known in [sizes(impl.op, args)]
+                for factor in (1, 1000)
+            ]
+    for use in uses:
+        ask_support(impl, use)
+
+
+def ask_support(impl: OpImpl, use: OpSignature) -> Support:
+    try:
+        answer = impl.supports(use)
+    except Exception as error:  # the platform's
+        said = f"{impl.op}/{impl.name}: supports() raises {type(error).__name__}: {error}"
+        raise Failed(said, case=f"{use}") from error
+    expect(isinstance(answer, Support), f"supports() returned {answer!r}", case=f"{use}")
+    expect(answer or answer.reason, f"{impl.name} refuses without a reason", case=f"{use}")
+    return answer
+
+
+def check_op(subject: Subject, impl: OpImpl, dtype: torch.dtype) -> Measurements | None:
+    """Equal to the reference on every case, inputs and what lies around them untouched."""
+    tolerance = OPS[impl.op].tolerance[dtype]
+    cases = cases_of(impl.op, dtype, subject, CASES[impl.op])
+    with opened(subject) as device:
+        packer = dense_packer(subject.platform())
+        for case in cases:
+            examine(device, impl, packer, case, OPS[impl.op].reference, tolerance)
+        return op_speed(device, impl, packer, dtype, subject.quick)
+
+
+def check_special(subject: Subject, impl: OpImpl, dtype: torch.dtype) -> None:
+    """NaN and infinities stand where the reference puts them, and in no other row."""
+    tolerance = OPS[impl.op].tolerance[dtype]
+    with opened(subject) as device:
+        packer = dense_packer(subject.platform())
+        for value in SPECIAL:
+            for variant in CASES[impl.op]:
+                case = OpCase(impl.op, variant, 3, dtype, subject.seed_of(variant), value)
+                found = examine(device, impl, packer, case, OPS[impl.op].reference, tolerance)
+                if found and impl.op not in SPREADS:
+                    clean = bool(found[0][[0, 2]].isfinite().all())
+                    expect(clean, "a bad row spoils others", case=case.text(), seed=case.seed)
+
+
+def dense_packer(platform: Platform) -> WeightPacker:
+    return platform.weight_packers().get(DENSE, DensePacker())
+
+
+Reference = Callable[..., Any]
+
+
+def examine(
+    device: Device,
+    impl: OpImpl,
+    packer: WeightPacker,
+    case: OpCase,
+    reference: Reference,
+    tolerance: Tolerance,
+) -> tuple[Tensor, ...]:
+    """One case; where it fails, the fewest tokens that still do are told. What is refused goes
+    the engine's way, by the reference. Returns what was found."""
+    fault, found = _fault(device, impl, packer, case, reference, tolerance)
+    if not fault:
+        return found
+    for tokens in range(1, case.tokens):
+        if case.special is not None and tokens < 3:
+            continue
+        smaller = OpCase(case.op, case.variant, tokens, case.dtype, case.seed, case.special)
+        said, _ = _fault(device, impl, packer, smaller, reference, tolerance)
+        if said:
+            fault, case = said, smaller
+            break
+    raise Failed(f"{impl.op}/{impl.name}: {fault}", case=case.text(), seed=case.seed)
+
+
+def _fault(
+    device: Device,
+    impl: OpImpl,
+    packer: WeightPacker,
+    case: OpCase,
+    reference: Reference,
+    tolerance: Tolerance,
+) -> tuple[str, tuple[Tensor, ...]]:
+    """What is wrong with the implementation's answer to `case` (empty: nothing), and the answer."""
+    args = case.arguments()
+    expected = as_tuple(reference(*(_copy(arg) for arg in args)))
+    if not ask_support(impl, OpSignature(impl.op, case.dtype, sizes(case.op, args))):
+        if impl.op not in OPS:
+            return "", ()
+        impl, packer = ReferenceOp(OPS[impl.op]), DensePacker()
+    try:
+        found, touched = call(device, impl, packer, args)
+    except Exception as error:  # the platform's; which case it was matters more than where
+        return f"supports() said yes, the call raises {type(error).__name__}: {error}", ()
+    return touched or difference(found, expected, tolerance), found
+
+
+def _copy(arg: Any) -> Any:
+    return arg.clone() if isinstance(arg, Tensor) else arg
+
+
+def call(
+    device: Device, impl: OpImpl, packer: WeightPacker, args: Arguments
+) -> tuple[tuple[Tensor, ...], str]:
+    """The results on the host, and what was written that may not be (empty: nothing)."""
+    guards: dict[int, Guarded] = {}
+    given: list[Any] = []
+    for i, arg in enumerate(args):
+        if isinstance(arg, PackedWeight):
+            weight = guards[i] = Guarded(device, arg.tensors[0])
+            device.synchronize()
+            given.append(packer.pack({"weight": weight.tensor}, arg.shape))
+        elif isinstance(arg, Tensor):
+            guards[i] = Guarded(device, arg)
+            given.append(guards[i].tensor)
+        else:
+            given.append(arg)
+
+    def work() -> tuple[Any, list[Tensor]]:
+        results = to_host_all(device, impl(*given))
+        return results, [guard.read(device) for guard in guards.values()]
+
+    results, reads = on_device(device, work)
+    for (i, guard), read in zip(guards.items(), reads, strict=True):
+        if said := guard.changed(read, writable=impl.op == "copy" and i == 0):
+            return as_tuple(results), f"argument {i}: {said}"
+    return as_tuple(results), ""
+
+
+# ---------------------------------------------------------------------------------------------
+# Packers and fusions
+# ---------------------------------------------------------------------------------------------
+
+
+def check_packer(subject: Subject, packer: WeightPacker, dtype: torch.dtype) -> None:
+    """A packed weight multiplies as the plain one does, and takes the bytes that were promised."""
+    for rows, columns in ((16, 64), (17, 64), (100, 33), (256, 256)):
+        case = f"weight [{rows}, {columns}] of {dtype}, seed {subject.seed}"
+        with torch.random.fork_rng(devices=[]), opened(subject) as device:
+            torch.manual_seed(subject.seed)
+            weight = dense(rows, columns, dtype).tensors[0]
+            there = device.to_device(weight)
+            device.synchronize()
+            before = sum(device.memory().by_tag.values())
+            packed = packer.pack({"weight": there}, (rows, columns))
+            device.synchronize()
+            taken = sum(device.memory().by_tag.values()) - before + packed.extra_bytes
+        shape = isinstance(packed, PackedWeight) and packed.shape == (rows, columns)
+        expect(shape, f"pack() returned {packed!r}", case=case)
+        promised = packer.packed_bytes(dtype, (rows, columns))
+        if promised is None:
+            expect(not packed.extra_bytes, "kept as it is, and yet with extra bytes", case=case)
+        else:
+            close = abs(taken - promised) <= max(1024, 0.02 * promised)
+            expect(close, f"it takes {taken} bytes, promised were {promised}", case=case)
+
+
+def check_fusion(subject: Subject, fusion: Fusion, dtype: torch.dtype) -> None:
+    """Equal to the chain of its composition's references; a chain that models run."""
+    composition = tuple(fusion.composition)
+    expect(composition in CHAINS, f"no model runs {' + '.join(composition)}: see ops.CHAINS")
+    op = "+".join(composition)
+    expect(fusion.impl.op == op, f"its implementation's op is {fusion.impl.op!r}, not {op!r}")
+    reference = chain(composition, [OPS[part].reference for part in composition])
+    parts = [OPS[part].tolerance[dtype] for part in composition]
+    # Each part may be off by its own, and carries on what the one before was off by.
+    tolerance = Tolerance(2 * sum(one.rtol for one in parts), 4 * sum(one.atol for one in parts))
+    with opened(subject) as device:
+        packer = dense_packer(subject.platform())
+        for case in cases_of(op, dtype, subject, CHAIN_CASES):
+            examine(device, fusion.impl, packer, case, reference, tolerance)

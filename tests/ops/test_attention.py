@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from trimaran.conformance.paged import TOLERANCE, Program, random_actions
 from trimaran.platforms import attention_plan, attention_torch
-from trimaran.platforms.attention_reference import ReferenceAttention, attend
+from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.attention_torch import TorchPagedAttention
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import AttentionBatch, AttentionImpl, AttentionSpec
@@ -53,7 +52,6 @@ SPECS: dict[str, dict[str, Any]] = {
     "float16 softcap": {"dtype": torch.float16, "kv_dtype": torch.float16, "softcap": 3.0},
     "narrow cache": {"kv_dtype": torch.bfloat16},
 }
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 # (queries, length) of each sequence in a step.
 STEPS: dict[str, list[tuple[int, int]]] = {
@@ -74,103 +72,20 @@ def spec_of(name: str) -> AttentionSpec:
     return dataclasses.replace(BASE, **SPECS[name])
 
 
-@dataclass
-class Program:
-    """The sequences' tokens in a dict-like model, and in the paged cache of `impl`.
-
-    The cache starts as NaN everywhere (the scratch block too), so that reading any position that
-    was not written shows.
-    """
-
-    spec: AttentionSpec
-    impl: AttentionImpl
-    seed: int = 0
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    values: dict[int, Tensor] = field(default_factory=dict)
-    tables: dict[int, list[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.num_blocks = 8 + 3000 // self.spec.block_size
-        self.kv = self.impl.alloc(HostDevice(), self.spec, self.num_blocks)
-        assert all(not region.tensor.any() for region in self.kv.regions), "alloc must zero"
-        for region in self.kv.regions:
-            region.tensor.fill_(float("nan"))
-        self.free = list(range(1, self.num_blocks))
-        self.random.shuffle(self.free)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
-
-    def extend(self, sequence: int, count: int) -> list[int]:
-        """`count` more tokens are written; returns their slots."""
-        spec = self.spec
-        shape = (count, spec.num_kv_heads, spec.head_dim)
-        new = [self.normal(*shape).to(spec.dtype) for _ in range(2)]
-        old = self.keys.get(sequence, new[0][:0])
-        start, end = len(old), len(old) + count
-        table = self.tables.setdefault(sequence, [])
-        while len(table) * spec.block_size < end:
-            table.append(self.free.pop())
-        slots = [
-            table[at // spec.block_size] * spec.block_size + at % spec.block_size
-            for at in range(start, end)
-        ]
-        self.impl.write(new[0], new[1], self.kv, torch.tensor(slots, dtype=torch.int64))
-        rounded = [tensor.to(spec.kv_dtype).to(spec.dtype) for tensor in new]
-        self.keys[sequence] = torch.cat((old, rounded[0]))
-        self.values[sequence] = torch.cat((self.values.get(sequence, old), rounded[1]))
-        return slots
-
-    def drop_outside_window(self, sequence: int, queries: int) -> None:
-        """Blocks no query of this step sees are freed and poisoned: their entries become 0."""
-        if self.spec.sliding_window is None or not self.spec.causal:
-            return
-        length = len(self.keys[sequence])
-        first = max(0, length - queries - self.spec.sliding_window + 1) // self.spec.block_size
-        table = self.tables[sequence]
-        for index, block in enumerate(table[:first]):
-            if block:
-                for region in self.kv.regions:
-                    region.tensor[block] = float("nan")
-                self.free.insert(0, block)
-                table[index] = 0
-
-    def step(self, work: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """(sequence, queries) each; returns (found, expected)."""
-        spec = self.spec
-        slots = [slot for sequence, count in work for slot in self.extend(sequence, count)]
-        for sequence, count in work:
-            self.drop_outside_window(sequence, count)
-        starts = [0]
-        for _, count in work:
-            starts.append(starts[-1] + count)
-        width = max(len(self.tables[s]) for s, _ in work) + self.random.randrange(3)
-        # Entries past a sequence's end are never read: 0 there, as before a window.
-        tables = torch.zeros(len(work), width, dtype=torch.int32)
-        for row, (sequence, _) in enumerate(work):
-            tables[row, : len(self.tables[sequence])] = torch.tensor(self.tables[sequence])
-        batch = AttentionBatch(
-            starts, [len(self.keys[s]) for s, _ in work], tables, torch.tensor(slots)
-        )
-        query = self.normal(starts[-1], spec.num_heads, spec.head_dim).to(spec.dtype)
-        found = self.impl.run(query, self.kv, spec, self.impl.plan(spec, batch))
-        expected = [
-            attend(query[starts[i] : starts[i + 1]], self.keys[s], self.values[s], spec)
-            for i, (s, _) in enumerate(work)
-        ]
-        return found, torch.cat(expected)
-
-
 def run_step(
     spec: AttentionSpec, impl: AttentionImpl, step: list[tuple[int, int]], seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    program = Program(spec, impl, seed)
+    program = Program(spec, impl, HostDevice(), seed)
     for sequence, (queries, length) in enumerate(step):
         if length > queries:
             program.extend(sequence, length - queries)
-    return program.step([(sequence, queries) for sequence, (queries, _) in enumerate(step)])
+    return outcome(program, [(sequence, queries) for sequence, (queries, _) in enumerate(step)])
+
+
+def outcome(program: Program, work: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    step = program.step(work)
+    assert not step.touched
+    return step.found, step.expected
 
 
 def check(spec: AttentionSpec, found: Tensor, expected: Tensor) -> None:
@@ -227,31 +142,22 @@ def test_steps_cut_into_small_groups(name: str) -> None:
 def test_random_programs(implementation: type[AttentionImpl], name: str, seed: int) -> None:
     """Sequences come, grow by chunks and tokens, and go; their blocks are used again, stale."""
     spec = spec_of(name)
-    program = Program(spec, implementation(), seed)
-    choose = program.random
-    alive: list[int] = []
-    for number in range(14):
-        if len(alive) < 5:
-            alive.append(number)
-        if len(alive) > 3 and choose.random() < 0.4:
-            gone = alive.pop(choose.randrange(len(alive)))
-            program.free += [block for block in program.tables.pop(gone, []) if block]
-            program.keys.pop(gone, None)
-            program.values.pop(gone, None)
-        order = choose.sample(alive, len(alive))
-        work = [(s, 1 if choose.random() < 0.6 else choose.randrange(1, 40)) for s in order]
-        check(spec, *program.step(work))
+    program = Program(spec, implementation(), HostDevice(), seed)
+    for action in random_actions(seed, 14):
+        if (step := program.act(action)) is not None:
+            assert not step.touched
+            check(spec, step.found, step.expected)
 
 
 def test_a_sequence_does_not_depend_on_its_batch_beyond_rounding() -> None:
     """A NaN in one sequence's own tokens stays there."""
-    program = Program(BASE, TorchPagedAttention())
+    program = Program(BASE, TorchPagedAttention(), HostDevice())
     for sequence, length in enumerate((20, 30, 25)):
         program.extend(sequence, length)
     block = program.tables[1][0]
     for region in program.kv.regions:
         region.tensor[block] = float("nan")
-    found, expected = program.step([(0, 1), (1, 1), (2, 1)])
+    found, expected = outcome(program, [(0, 1), (1, 1), (2, 1)])
     assert found[1].isnan().all()
     check(BASE, found[[0, 2]], expected[[0, 2]])
 
@@ -272,7 +178,7 @@ def test_a_step_is_few_calls_and_little_padding() -> None:
 
 def test_block_bytes_is_what_the_regions_hold() -> None:
     for implementation in IMPLEMENTATIONS:
-        program = Program(BASE, implementation())
+        program = Program(BASE, implementation(), HostDevice())
         regions = program.kv.regions
         assert sum(region.bytes for region in regions) == program.impl.block_bytes(BASE)
         for region in regions:
@@ -283,7 +189,7 @@ def test_block_bytes_is_what_the_regions_hold() -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_moved_blocks_serve_as_well(implementation: type[AttentionImpl]) -> None:
-    program = Program(BASE, implementation())
+    program = Program(BASE, implementation(), HostDevice())
     program.extend(0, 40)
     table = program.tables[0]
     moved = [program.free.pop() for _ in table]
@@ -291,4 +197,4 @@ def test_moved_blocks_serve_as_well(implementation: type[AttentionImpl]) -> None
     for region in program.kv.regions:
         region.tensor[table] = float("nan")
     program.tables[0] = moved
-    check(BASE, *program.step([(0, 1)]))
+    check(BASE, *outcome(program, [(0, 1)]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from trimaran.conformance.cases import CASES, INDEXED, SPECIAL, SPREADS, normal
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.interface import OpImpl, OpSignature, PackedWeight, Platform, WeightPacker
 from trimaran.platforms.ops import DENSE, OPS, DensePacker, Tolerance
@@ -17,7 +17,6 @@ from trimaran.platforms.strict import StrictPlatform
 PLATFORMS: list[type[Platform]] = [CpuPlatform, StrictPlatform]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 3, 33]
-SPECIAL = [float("nan"), float("inf"), float("-inf")]
 
 
 def implementations() -> list[Any]:
@@ -27,58 +26,6 @@ def implementations() -> list[Any]:
         for impls in platform().ops().values()
         for impl in impls
     ]
-
-
-def random(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape).to(dtype)
-
-
-def rope_case(tokens: int, dtype: torch.dtype, rotary: int) -> tuple[Any, ...]:
-    # Views of one packed projection, as the model hands them over.
-    query, key, _ = random(tokens, 8, 64, dtype=dtype).split([4, 2, 2], dim=1)
-    angles = torch.outer(torch.arange(100.0), torch.rand(rotary // 2))
-    return (
-        query,
-        key,
-        torch.randint(0, 100, (1, tokens)),
-        torch.cat((angles.cos(), angles.sin()), 1),
-    )
-
-
-def dense(rows: int, columns: int, dtype: torch.dtype) -> PackedWeight:
-    return PackedWeight(DENSE, (rows, columns), (random(rows, columns, dtype=dtype),))
-
-
-def gated(tokens: int, dtype: torch.dtype) -> list[tuple[Any, ...]]:
-    return [(3 * random(tokens, 2 * size, dtype=dtype),) for size in (1, 48, 65)]
-
-
-CASES: dict[str, Callable[[int, torch.dtype], list[tuple[Any, ...]]]] = {
-    "embed": lambda n, dtype: [
-        (torch.randint(0, 50, (n,), dtype=ids), random(50, 24, dtype=dtype))
-        for ids in (torch.int32, torch.int64)
-    ],
-    "rms_norm": lambda n, dtype: [
-        (5 * random(n, *shape, dtype=dtype), random(shape[-1], dtype=dtype), 1e-6)
-        for shape in ((64,), (4, 128), (120,))
-    ],
-    "add_rms_norm": lambda n, dtype: [
-        (random(n, 72, dtype=dtype), random(n, 72, dtype=dtype), random(72, dtype=dtype), 1e-5)
-    ],
-    "linear": lambda n, dtype: [
-        (random(n, 64, dtype=dtype), dense(rows, 64, dtype), bias)
-        for rows in (96, 17)
-        for bias in (None, random(rows, dtype=dtype))
-    ],
-    "rope": lambda n, dtype: [rope_case(n, dtype, 64), rope_case(n, dtype, 32)],
-    "silu_mul": gated,
-    "gelu_mul": gated,
-    "gelu_tanh_mul": gated,
-    "add": lambda n, dtype: [(random(n, 40, dtype=dtype), random(n, 40, dtype=dtype))],
-    "gather_rows": lambda n, dtype: [(random(n, 40, dtype=dtype), torch.randint(0, n, (2 * n,)))],
-    "copy": lambda n, dtype: [(random(n, 7, dtype=dtype), random(n, 7, dtype=torch.float32))],
-    "sample": lambda n, dtype: [(random(n, 300, dtype=torch.float32).round(),)],
-}
 
 
 def run(impl: OpImpl, packer: WeightPacker, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -113,7 +60,8 @@ def test_agrees_with_the_reference(
     spec = OPS[impl.op]
     packer = platform().weight_packers().get(DENSE, DensePacker())
     for tokens in TOKENS:
-        for args in CASES[impl.op](tokens, dtype):
+        for make in CASES[impl.op].values():
+            args = make(tokens, dtype)
             support = impl.supports(OpSignature(impl.op, dtype))
             if not support:
                 assert support.reason
@@ -131,8 +79,9 @@ def test_places_nan_and_infinity_where_the_reference_does(
     """One bad element in one row: the same outputs are bad, and no other row is."""
     torch.manual_seed(1)
     packer = platform().weight_packers().get(DENSE, DensePacker())
-    for args in CASES[impl.op](3, dtype):
-        poisoned = 1 if impl.op in ("copy", "embed") else 0
+    for make in CASES[impl.op].values():
+        args = make(3, dtype)
+        poisoned = 1 if impl.op in INDEXED else 0
         bad = args[poisoned].clone()
         bad[1].view(-1)[0] = value
         args = tuple(bad if i == poisoned else arg for i, arg in enumerate(args))
@@ -141,7 +90,7 @@ def test_places_nan_and_infinity_where_the_reference_does(
         )
         found = run(impl, packer, args)
         check(found, expected, OPS[impl.op].tolerance[dtype])
-        if impl.op not in ("embed", "gather_rows", "sample"):
+        if impl.op not in SPREADS:
             assert found[0][[0, 2]].isfinite().all()
 
 
@@ -160,10 +109,10 @@ def test_a_fused_op_is_left_out_only_with_its_composition(name: str) -> None:
 def test_rms_norm_and_rope_are_bit_equal_to_transformers(dtype: torch.dtype) -> None:
     modeling = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
     torch.manual_seed(2)
-    x, norm = random(7, 64, dtype=dtype), modeling.Qwen3RMSNorm(64, 1e-6).to(dtype)
+    x, norm = normal(7, 64, dtype=dtype), modeling.Qwen3RMSNorm(64, 1e-6).to(dtype)
     norm.weight.data.normal_()
     assert torch.equal(OPS["rms_norm"].reference(x, norm.weight.data, 1e-6), norm(x).detach())
-    query, key = random(5, 4, 64, dtype=dtype), random(5, 2, 64, dtype=dtype)
+    query, key = normal(5, 4, 64, dtype=dtype), normal(5, 2, 64, dtype=dtype)
     angles = torch.outer(torch.arange(5.0), torch.rand(32))
     table = torch.cat((angles.cos(), angles.sin()), 1)
     cos, sin = (
