@@ -25,8 +25,9 @@ from ..platforms.interface import (
     PackedWeight,
     Platform,
     Support,
+    WeightPacker,
 )
-from ..platforms.ops import DENSE, OPS, DensePacker
+from ..platforms.ops import DENSE, OPS, DensePacker, chain
 from .errors import PlatformError
 
 logger = logging.getLogger("trimaran.ops")
@@ -90,11 +91,33 @@ class OpBinder:
             self._bound[key] = self._wrap(op, chosen) if self._wrap else chosen
         return self._bound[key]
 
+    def bind_chain(
+        self, dtype: torch.dtype, *parts: tuple[str, Mapping[str, int]]
+    ) -> Callable[..., Any]:
+        """The callable for a chain of ops, each with its sizes: the platform's own fusion of them
+        where it has one for these sizes, else the bound ops one after the other (`ops.chain`)."""
+        composition = tuple(op for op, _ in parts)
+        sizes = {name: size for _, own in parts for name, size in own.items()}
+        signature = OpSignature("+".join(composition), dtype, sizes)
+        chosen, refused = _first_supporting(
+            [one.impl for one in self.platform.fusions() if one.composition == composition],
+            lambda impl: impl.supports(signature),
+        )
+        if chosen is not None:
+            self._record(Binding(signature.op, signature, chosen.name, refused))
+            return self._wrap(signature.op, chosen) if self._wrap else chosen
+        if refused:
+            self._record(Binding(signature.op, signature, " + ".join(composition), refused))
+        return chain(composition, [self.bind(op, dtype, **own) for op, own in parts])
+
     def attention(self, spec: AttentionSpec) -> AttentionImpl:
         """The attention implementation for `spec`; PlatformError says why there is none."""
         if spec not in self._attention:
             candidates = self.platform.attention(spec)
-            chosen, refused = _first_supporting(candidates, lambda impl: impl.supports(spec))
+            layouts = self.platform.kv_constraints(spec).layouts
+            chosen, refused = _first_supporting(
+                candidates, lambda impl: _takes_layout(impl, layouts) and impl.supports(spec)
+            )
             if chosen is None:
                 reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused) or "none offered"
                 raise PlatformError(
@@ -104,17 +127,24 @@ class OpBinder:
             self._attention[spec] = chosen
         return self._attention[spec]
 
-    def pack(self, weight: Tensor) -> PackedWeight:
-        """Lay out a linear layer's weight `[out, in]` for the `linear` that such a weight is
-        bound to. The torch reference reads the plain tensor, so it keeps it."""
-        out_features, in_features = weight.shape
-        linear = self.bind(
-            "linear", weight.dtype, in_features=in_features, out_features=out_features
-        )
-        packer = self._packers.get(DENSE)
-        if packer is None or not isinstance(inspect.unwrap(linear), OpImpl):
-            packer = DensePacker()
-        return packer.pack({"weight": weight}, (out_features, in_features))
+    def packer(
+        self, dtype: torch.dtype, shape: tuple[int, int], reader: Any = None
+    ) -> WeightPacker:
+        """Who lays out a linear layer's weight `[out, in]` for `reader`, what reads it (None: the
+        `linear` that such a weight is bound to). The torch reference reads the plain tensor."""
+        out_features, in_features = shape
+        linear = self.bind("linear", dtype, in_features=in_features, out_features=out_features)
+        packed = any(isinstance(inspect.unwrap(one), OpImpl) for one in (linear, reader) if one)
+        return self._packers.get(DENSE, DensePacker()) if packed else DensePacker()
+
+    def pack(self, weight: Tensor, reader: Any = None) -> PackedWeight:
+        """The weight `[out, in]` as `packer` lays it out; what it holds beside the device's own
+        allocations is entered into the device's accounts."""
+        shape = (weight.shape[0], weight.shape[1])
+        packed = self.packer(weight.dtype, shape, reader).pack({"weight": weight}, shape)
+        if packed.extra_bytes:
+            self.device.account(packed, packed.extra_bytes, tag="weights")
+        return packed
 
     def report(self) -> list[Binding]:
         """Every choice so far, in order."""
@@ -166,6 +196,14 @@ COMPOSITIONS: Mapping[str, Callable[..., Callable[..., Any]]] = {
     "add_rms_norm": _compose_add_rms_norm,
 }
 """How the parts named by `OPS[op].composition`, in that order, make up a fused op."""
+
+
+def _takes_layout(impl: AttentionImpl, layouts: Sequence[str]) -> Support:
+    if not layouts or impl.layout in layouts:
+        return Support.yes()
+    return Support.no(
+        f"its cache layout {impl.layout} is none of the device's {', '.join(layouts)}"
+    )
 
 
 def _first_supporting(

@@ -66,6 +66,10 @@ def _review(args: EngineArgs, config: EngineConfig, platform: Platform) -> Engin
                 param=finding.field,
             )
         if finding.kind == "adjust":
+            if finding.field not in {field.name for field in dataclasses.fields(args)}:
+                raise PlatformError(
+                    f"Platform {platform.name!r} adjusts {finding.field!r}, which is no argument."
+                )
             logger.info("%s=%s: %s", finding.field, finding.value, finding.reason)
             args = dataclasses.replace(args, **{finding.field: finding.value})
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,25 +63,37 @@ def measure_groups(
                 group, dtype=dtype, kv_dtype=kv_dtype, block_size=tokens, ranks=ranks
             )
 
+        def layer_bytes_of(tokens: int) -> int:
+            attention = attention_spec(tokens)
+            return binder.attention(attention).block_bytes(attention)
+
         constraints = platform.kv_constraints(attention_spec(block_size or 1))
-        chosen = _block_size(block_size, constraints, platform.name)
-        attention = attention_spec(chosen)
-        layer_bytes = binder.attention(attention).block_bytes(attention)
+        chosen = _block_size(block_size, constraints, platform.name, layer_bytes_of)
+        layer_bytes = layer_bytes_of(chosen)
         sizes.append(GroupSize(group, chosen, layer_bytes * len(group.layers)))
     return sizes
 
 
-def _block_size(asked: int | None, constraints: KVConstraints, platform: str) -> int:
-    multiple = constraints.block_multiple
-    if asked is None:
-        return constraints.preferred_block_size
-    if asked <= 0 or asked % multiple:
-        raise ConfigError(
-            f"block_size is {asked}; on platform {platform!r} it must be a positive multiple of "
-            f"{multiple}.",
-            param="block_size",
-        )
-    return asked
+def _block_size(
+    asked: int | None,
+    constraints: KVConstraints,
+    platform: str,
+    layer_bytes_of: Callable[[int], int],
+) -> int:
+    """Tokens a block: as asked, or the first size from the platform's preferred one on that keeps
+    its constraints."""
+    multiple, alignment = constraints.block_multiple, constraints.alignment
+    first = -(-constraints.preferred_block_size // multiple) * multiple
+    sizes = range(first, first + multiple * alignment, multiple) if asked is None else (asked,)
+    for size in sizes:
+        if size > 0 and size % multiple == 0 and layer_bytes_of(size) % alignment == 0:
+            return size
+    aligned = f", and its bytes in a layer of {alignment}" if alignment > 1 else ""
+    raise ConfigError(
+        f"block_size is {asked or first}; on platform {platform!r} it must be a positive multiple "
+        f"of {multiple}{aligned}.",
+        param="block_size",
+    )
 
 
 def sequence_bytes(sizes: Sequence[GroupSize], length: int) -> int:

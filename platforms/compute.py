@@ -83,7 +83,8 @@ class AttentionBatch:
     [query_starts[i], query_starts[i+1]) of the packed token axis and, this step included,
     `seq_lens[i]` tokens in the cache; its last query is at position seq_lens[i] - 1.
     `block_tables`: int32 `[seqs, max_blocks]`; entries before a sliding window may be the scratch
-    block 0 and must not be read. `slots`: int64 `[tokens]`, block * block_size + offset.
+    block 0 and must not be read. `slots`: `[tokens]`, block * block_size + offset, in the element
+    type that `KVConstraints.slot_dtype` asks for.
     """
 
     query_starts: list[int]

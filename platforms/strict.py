@@ -88,6 +88,7 @@ class StrictPlatform(Platform):
 
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
         return KVConstraints(
+            slot_dtype="int32",
             block_multiple=self.knobs.block_multiple,
             preferred_block_size=self.knobs.preferred_block_size,
         )

@@ -7,7 +7,7 @@ the same code holds everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Linear(Layer):
 
     def finish(self) -> None:
         # Dropping the plain tensor frees it where the packed layout is another.
-        self._packed, self._plain = self._binder.pack(self.plain), None
+        self._packed, self._plain = self._binder.pack(self.plain, self._linear), None
 
 
 class Part(NamedTuple):
@@ -75,15 +75,27 @@ class Part(NamedTuple):
 
 
 class ColumnLinear(Linear):
-    """Projections of one input, merged: `[tokens, in]` → `[tokens, sum of our parts]`."""
+    """Projections of one input, merged: `[tokens, in]` → `[tokens, sum of our parts]`.
+
+    `then`: an op on the result alone, which a platform may have fused with the product.
+    """
 
     def __init__(
-        self, context: BuildContext, in_features: int, parts: Sequence[Part], *, bias: bool
+        self,
+        context: BuildContext,
+        in_features: int,
+        parts: Sequence[Part],
+        *,
+        bias: bool,
+        then: tuple[str, Mapping[str, int]] | None = None,
     ) -> None:
         self._parts = tuple(parts)
         self._in_features = in_features
         out_features = sum(part.stop - part.start for part in parts)
         super().__init__(context, in_features, out_features)
+        if then is not None:
+            sizes = {"in_features": in_features, "out_features": out_features}
+            self._linear = self._binder.bind_chain(context.dtype, ("linear", sizes), then)
         if bias:
             self._bias = context.alloc(out_features)
 
@@ -287,7 +299,7 @@ class Attention(Layer):
 
 
 class GatedMLP(Layer):
-    """`down(activation(gate(x)) * up(x))`, gate and up merged."""
+    """`down(activation(gate(x)) * up(x))`, gate and up merged, the activation chained to them."""
 
     def __init__(self, context: BuildContext, layer: int) -> None:
         spec, comm = context.spec, context.comm
@@ -295,12 +307,17 @@ class GatedMLP(Layer):
         parts = [
             Part.of_rank(names.of(name, layer), width, comm) for name in ("gate_proj", "up_proj")
         ]
-        self.gate_up = ColumnLinear(context, spec.hidden_size, parts, bias=spec.mlp_bias)
+        self.gate_up = ColumnLinear(
+            context,
+            spec.hidden_size,
+            parts,
+            bias=spec.mlp_bias,
+            then=(spec.activation, {"size": width // comm.size}),
+        )
         self.down = RowLinear(
             context, names.of("down_proj", layer), width, spec.hidden_size, bias=spec.mlp_bias
         )
         self.children = (self.gate_up, self.down)
-        self._activate = context.bind(spec.activation, size=width // comm.size)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self.down(self._activate(self.gate_up(hidden)))
+        return self.down(self.gate_up(hidden))

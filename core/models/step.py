@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...platforms.interface import AttentionImpl, AttentionSpec, Device
+from ...platforms.interface import AttentionImpl, AttentionSpec, Device, Platform
 from ..config import CacheConfig
+from ..errors import PlatformError
 from ..ops import OpBinder
 from .spec import DecoderSpec, LayerGroup
 
@@ -22,22 +23,29 @@ class StepGroup:
     """One cache group: its layers share block tables, hence slots and attention metadata.
 
     Fixed: `layers`, `spec` (of this rank's heads), `impl`. Set by the runner every step, inside
-    the launch: the content of `slots`, int64 `[tokens]`, and `metadata`, what
+    the launch: the content of `slots`, `[tokens]`, and `metadata`, what
     `impl.plan(spec, batch)` returned.
     """
 
     __slots__ = ("_all_slots", "impl", "layers", "metadata", "slots", "spec")
 
-    def __init__(self, layers: Sequence[int], spec: AttentionSpec, impl: AttentionImpl) -> None:
+    def __init__(
+        self,
+        layers: Sequence[int],
+        spec: AttentionSpec,
+        impl: AttentionImpl,
+        slot_dtype: torch.dtype = torch.int64,
+    ) -> None:
         self.layers = tuple(layers)
         self.spec = spec
         self.impl = impl
         self.metadata: Any = None
-        self.slots = self._all_slots = torch.empty(0, dtype=torch.int64)
+        self.slots = self._all_slots = torch.empty(0, dtype=slot_dtype)
 
     def alloc(self, device: Device, max_tokens: int) -> None:
         """Take memory for `max_tokens` slots; slot 0 lies in the scratch block."""
-        self._all_slots = device.alloc((max_tokens,), torch.int64, tag="step").zero_()
+        dtype = self._all_slots.dtype
+        self._all_slots = device.alloc((max_tokens,), dtype, tag="step").zero_()
         self.slots = self._all_slots
 
     def begin(self, num_tokens: int) -> None:
@@ -101,5 +109,17 @@ def make_groups(
             block_size=config.block_size,
             ranks=ranks,
         )
-        groups.append(StepGroup(config.layers, attention, binder.attention(attention)))
+        slots = slot_dtype(binder.platform, attention)
+        groups.append(StepGroup(config.layers, attention, binder.attention(attention), slots))
     return groups
+
+
+def slot_dtype(platform: Platform, attention: AttentionSpec) -> torch.dtype:
+    """The element type the platform wants slots in."""
+    name = platform.kv_constraints(attention).slot_dtype
+    if name not in ("int64", "int32"):
+        raise PlatformError(
+            f"Platform {platform.name!r} asks for slots of type {name!r}: int64 or int32."
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -402,6 +402,9 @@ def test_findings_are_applied_and_logged(
     platform.findings = (Finding("reject", "dtype", "not today"),)
     with pytest.raises(ConfigError, match="rejects dtype: not today"):
         make(model())
+    platform.findings = (Finding("adjust", "voltage", "it is warm in here", 7),)
+    with pytest.raises(PlatformError, match="adjusts 'voltage', which is no argument"):
+        make(model())
 
 
 def test_the_result_is_frozen(model: Callable[..., str]) -> None:
