@@ -1,22 +1,19 @@
-"""The platform contract: definition-time checks, discovery, strict's queue, collectives."""
+"""The platform contract: definition-time checks, strict's queue, collectives."""
 
 from __future__ import annotations
 
 import gc
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from trimaran.platforms import host, registry
+from trimaran.platforms import host
 from trimaran.platforms.communicator import LocalCommunicator, open_communicator
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.host_device import HostDevice
@@ -31,7 +28,6 @@ from trimaran.platforms.interface import (
     KVRegion,
     OpImpl,
     Platform,
-    PlatformUnavailable,
     Probe,
 )
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform, strict_platform
@@ -101,139 +97,6 @@ def test_a_minimal_platform_is_complete() -> None:
     assert platform.kv_constraints(None).block_multiple == 1  # type: ignore[arg-type]
     group = platform.communicator(GroupSpec(), platform.open())
     assert isinstance(group, LocalCommunicator)
-
-
-# ---------------------------------------------------------------------------------------------
-# Discovery
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def install(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """install(name, source): a module with an entry point, as a vendor's package brings it."""
-    entries: list[EntryPoint] = []
-    monkeypatch.setattr(registry, "entry_points", lambda group: list(entries))
-
-    def add(name: str, **members: Any) -> None:
-        module = ModuleType(f"vendor_{name}")
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        entries.append(EntryPoint(name, f"{module.__name__}:Platform", registry.GROUP))
-
-    return add
-
-
-def reason(name: str) -> str:
-    (candidate,) = (c for c in registry.available() if c.name == name)
-    assert not candidate.usable
-    return candidate.probe.reason
-
-
-def test_the_built_in_platforms_are_usable_and_cpu_is_chosen() -> None:
-    usable = [candidate.name for candidate in registry.available() if candidate.usable]
-    assert usable == ["cpu", "strict"]
-    assert registry.choose() is CpuPlatform
-    assert registry.choose("strict") is StrictPlatform
-
-
-def test_an_installed_platform_is_found_and_the_best_score_wins(install: Any) -> None:
-    class Fast(Minimal):
-        name = "fast"
-
-        @classmethod
-        def probe(cls) -> Probe:
-            return Probe(1000, "fast")
-
-    install("minimal", Platform=Minimal)
-    install("fast", Platform=Fast)
-    assert registry.choose() is Fast
-    assert registry.choose("minimal") is Minimal
-
-
-def test_what_a_platform_lacks_or_breaks_is_a_reason(install: Any) -> None:
-    class Probing(Minimal):
-        name = "probing"
-
-        @classmethod
-        def probe(cls) -> Probe:
-            raise OSError("libacme.so: cannot open shared object file")
-
-    class Absent(Minimal):
-        name = "absent"
-
-        @classmethod
-        def probe(cls) -> Probe:
-            return Probe(0, "no such device here")
-
-    class Future(Minimal):
-        name = "future"
-        api = ApiRange((7, 0), (7, 2))
-
-    class Abstract(Platform):
-        name = "abstract"
-        vendor = "test"
-        api = Minimal.api
-
-    install("probing", Platform=Probing)
-    install("absent", Platform=Absent)
-    install("future", Platform=Future)
-    install("abstract", Platform=Abstract)
-    install("empty")
-    install("notone", Platform=dict)
-    install("renamed", Platform=Minimal)
-    assert reason("probing") == "OSError: libacme.so: cannot open shared object file"
-    assert reason("absent") == "no such device here"
-    assert "written for platform API 7.0 to 7.2; this engine has 0.2" in reason("future")
-    assert "Abstract lacks attention, capabilities" in reason("abstract")
-    assert "AttributeError" in reason("empty")
-    assert "not a Platform class" in reason("notone")
-    assert "is called 'minimal'" in reason("renamed")
-    assert registry.choose() is CpuPlatform
-
-
-def test_a_module_that_raises_or_exits_on_import_is_a_reason(
-    install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    for name, line in (("raising", "1 / 0"), ("exiting", "raise SystemExit('no driver')")):
-        (tmp_path / f"vendor_{name}.py").write_text(line)
-        install(name)
-        monkeypatch.delitem(sys.modules, f"vendor_{name}")
-    assert reason("raising") == "ZeroDivisionError: division by zero"
-    assert reason("exiting") == "SystemExit: no driver"
-
-
-def test_an_installed_package_cannot_take_a_built_in_name(install: Any) -> None:
-    class Impostor(Minimal):
-        name = "cpu"
-
-        @classmethod
-        def probe(cls) -> Probe:
-            return Probe(9000, "better than the real one")
-
-    install("cpu", Platform=Impostor)
-    assert registry.choose("cpu") is CpuPlatform
-
-
-def test_choosing_what_is_not_there_lists_each_platform_and_its_reason(install: Any) -> None:
-    install("broken")
-    with pytest.raises(PlatformUnavailable) as caught:
-        registry.choose("acme")
-    message = str(caught.value)
-    assert "Platform 'acme' is not usable here" in message
-    assert "cpu: " in message and "broken: AttributeError" in message
-
-
-def test_probing_every_platform_initialises_nothing() -> None:
-    code = """
-        import sys, threading, torch
-        threads = torch.get_num_threads()
-        from trimaran.platforms import registry
-        assert len(registry.available()) >= 2
-        assert threading.active_count() == 1 and torch.get_num_threads() == threads
-        assert "trimaran.platforms.communicator" not in sys.modules
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
 
 
 # ---------------------------------------------------------------------------------------------
