@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -19,7 +20,18 @@ from trimaran.core.errors import PlatformError
 from trimaran.core.executor import UniExecutor
 from trimaran.core.models.layers import GatedMLP
 from trimaran.platforms.cpu import CpuPlatform
-from trimaran.platforms.interface import Capabilities, Platform, StepFn, StepGraph, StepLimits
+from trimaran.platforms.interface import (
+    Capabilities,
+    Fusion,
+    OpImpl,
+    OpSignature,
+    Platform,
+    StepFn,
+    StepGraph,
+    StepLimits,
+    Support,
+)
+from trimaran.platforms.ops import OPS
 from trimaran.platforms.step_graph import interpret
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 
@@ -108,7 +120,6 @@ def runner_of(loop: Loop) -> Any:
     return loop.executor._rank.runner
 
 
-PLATFORMS = (Padding, Compiling, CpuPadding, CpuCompiling)
 MODELS = ("llama3", "mistral", "qwen2_sliding", "qwen3")
 
 # ---------------------------------------------------------------------------------------------
@@ -116,8 +127,13 @@ MODELS = ("llama3", "mistral", "qwen2_sliding", "qwen3")
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "platform"),
+    [
+        *itertools.product(MODELS, (Compiling, CpuCompiling)),  # which pad as well
+        *itertools.product(["qwen3"], (Padding, CpuPadding)),
+    ],
+)
 def test_chunks_and_prefix_cache(model: str, platform: type[Platform], use: Use) -> None:
     """Everything twice, in chunks, arriving in any order; the second time from the cache. The
     budget lies between two buckets."""
@@ -131,8 +147,10 @@ def test_chunks_and_prefix_cache(model: str, platform: type[Platform], use: Use)
         assert any(row.num_cached for row in again.values())
 
 
-@pytest.mark.parametrize("sync", ["on", "off"])
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize(
+    ("platform", "sync"),
+    [(Padding, "on"), (Compiling, "on"), (Compiling, "off"), (CpuCompiling, "off")],
+)
 def test_preemption(platform: type[Platform], sync: str, use: Use) -> None:
     cases = cases_for("qwen3", 16)
     with open_loop(
@@ -149,7 +167,7 @@ def test_preemption(platform: type[Platform], sync: str, use: Use) -> None:
         assert loop.scheduler.stats().kv_used == 0
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", [Compiling, CpuPadding])
 def test_prompts_and_decoding_in_turn(
     platform: type[Platform], use: Use, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +298,32 @@ def test_a_compiled_step_is_the_forward(
         runner.compiled = {size: both(step) for size, step in runner.compiled.items()}
         check(loop, cases_for(model), arrivals=random.Random(8))
     assert set(compared) == set(BUCKETS)
+
+
+class FusedMLP(OpImpl):
+    op = "linear+silu_mul"
+    name = "fused"
+
+    def supports(self, sig: OpSignature) -> Support:
+        return Support.yes()
+
+    def __call__(self, *args: Any) -> Any:
+        return OPS["silu_mul"].reference(OPS["linear"].reference(*args))
+
+
+class Fusing(Compiling):
+    def fusions(self) -> Sequence[Fusion]:
+        return (Fusion("mlp", ("linear", "silu_mul"), FusedMLP()),)
+
+
+def test_a_fusion_is_one_node(use: Use) -> None:
+    with open_loop("qwen3", platform=use(Fusing)) as loop:
+        check(loop, cases_for("qwen3"))
+        layers = loop.executor.model.spec.num_layers  # type: ignore[attr-defined]
+    for graph in Compiling.graphs:
+        fused = [node for node in graph.nodes if node.op == "linear+silu_mul"]
+        assert len(fused) == layers and isinstance(fused[0].call, FusedMLP)
+    assert Compiling.steps
 
 
 def test_two_cache_groups_have_each_their_metadata(use: Use) -> None:
