@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .host_device import to_accelerator
 from .interface import AttentionBatch, AttentionSpec
 
 SCORES = 1 << 22  # most scores of one group, all heads: in fp32 they should stay in a cache
@@ -147,10 +149,11 @@ def _greedy(pieces: Iterable[Piece], spec: AttentionSpec, limit: int) -> Iterabl
 
 
 def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Group:
-    """The index tensors of one group, on the device of the block tables."""
+    """The index tensors of one group, on the device of the block tables. What depends on the host
+    alone is decided there, so that nothing waits for the device."""
     device = batch.block_tables.device
     queries, keys = max(p.queries for p in pieces), max(p.keys for p in pieces)
-    table = torch.tensor(pieces, dtype=torch.int64, device=device)
+    table = to_accelerator(torch.tensor(pieces, dtype=torch.int64), device)
     sequence, start, stop, position, low, high = table.unsqueeze(2).unbind(1)  # each [batch, 1]
     key_at = low + torch.arange(keys, device=device)  # [batch, keys]
     row = start + torch.arange(queries, device=device)  # [batch, queries]
@@ -159,7 +162,7 @@ def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Gr
     # Padding after a triangle lies outside of it: no mask even where the pieces differ.
     causal = not folded and all(p.is_triangle(spec) for p in pieces)
     mask = None
-    if not causal:
+    if not causal and not _sees_all(spec, pieces, queries, keys):
         query_at = torch.minimum(row, stop - 1) - start + position
         mask = _mask(spec, query_at, key_at, high)
     even = all(p.queries == queries for p in pieces)
@@ -171,11 +174,25 @@ def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Gr
         start=pieces[0].start,
         slots=slots,
         rows=None if even and in_order else torch.minimum(row, stop - 1).view(-1),
-        valid=None if even else (row < stop).view(-1).nonzero().squeeze(1),
+        valid=None if even else to_accelerator(_valid(pieces, queries), device),
         mask=mask,
         causal=causal,
         folded=folded,
     )
+
+
+def _valid(pieces: list[Piece], queries: int) -> Tensor:
+    """Which of `batch` x `queries` rows are no padding, on the host."""
+    lengths = np.array([p.queries for p in pieces])
+    return torch.from_numpy(np.flatnonzero(np.arange(queries) < lengths[:, None]))
+
+
+def _sees_all(spec: AttentionSpec, pieces: list[Piece], queries: int, keys: int) -> bool:
+    """Does every query see all `keys` keys?"""
+    if any(p.keys < keys for p in pieces):
+        return False
+    window = spec.sliding_window
+    return not spec.causal or (queries == 1 and (window is None or keys <= window))
 
 
 def _slots(spec: AttentionSpec, tables: Tensor, sequence: Tensor, at: Tensor) -> Tensor:
@@ -193,16 +210,13 @@ def folds(spec: AttentionSpec, queries: int) -> bool:
     return bool(spec.softcap) or few
 
 
-def _mask(spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor) -> Tensor | None:
-    """query_at `[batch, queries]`, key_at `[batch, keys]`, high `[batch, 1]` -> the mask, or None
-    if every query sees every key."""
+def _mask(spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor) -> Tensor:
+    """query_at `[batch, queries]`, key_at `[batch, keys]`, high `[batch, 1]` -> the mask."""
     seen = (key_at < high).unsqueeze(1)
     if spec.causal:
         distance = query_at.unsqueeze(2) - key_at.unsqueeze(1)
         seen = seen & (distance >= 0)
         if spec.sliding_window is not None:
             seen &= distance < spec.sliding_window
-    if bool(seen.all()):
-        return None
     mask = torch.zeros(seen.shape, device=seen.device)
     return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)

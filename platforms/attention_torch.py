@@ -3,7 +3,7 @@
 It computes in fp32, whatever the model's dtype, with one exception. Not every processor multiplies
 16-bit numbers; where one does, oneDNN would compile and keep code for each combination of sizes
 that it meets. Where none does, decode in bfloat16 is one call of torch's own loop, which widens as
-it goes.
+it goes; on a GPU decode is one fused call too.
 """
 
 from __future__ import annotations
@@ -101,15 +101,20 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, grou
     """query `[batch * queries, heads, head_dim]` -> `[batch, queries, heads, head_dim]`, in fp32 or
     the query's dtype."""
     query = query.view(group.batch, group.queries, spec.num_heads, spec.head_dim)
-    if group.queries == 1 and not spec.softcap and _widens_itself(query.dtype, key.dtype):
+    if group.queries == 1 and not spec.softcap and _widens_itself(query, key):
         return _by_heads(query, key, value, spec, group)
     by = _by_products if group.folded else _by_fused_call
     return by(query.float(), key.float(), value.float(), spec, group)
 
 
-def _widens_itself(query: torch.dtype, cache: torch.dtype) -> bool:
-    """Is torch's bfloat16 attention its own loop on this processor, not oneDNN's code by size?"""
-    return query == cache == torch.bfloat16 and not onednn_multiplies_bfloat16()
+def _widens_itself(query: Tensor, key: Tensor) -> bool:
+    """Does torch's fused call take 16-bit numbers and sum in fp32? A GPU's kernels do; on a
+    processor its own loop for bfloat16 does, where oneDNN has no code by size instead."""
+    if query.dtype != key.dtype:
+        return False
+    if query.device.type != "cpu":
+        return query.dtype != torch.float32
+    return query.dtype == torch.bfloat16 and not onednn_multiplies_bfloat16()
 
 
 def _by_heads(

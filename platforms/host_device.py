@@ -41,7 +41,7 @@ class HostDevice(Device):
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
         with no_room_is_told(shape, dtype, tag):
-            return self._ledger.add(tag, torch.empty(tuple(shape), dtype=dtype))
+            return self._ledger.add(tag, own_pages(shape, dtype))
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with no_room_is_told(shape, dtype, "kv"):
@@ -100,6 +100,22 @@ def no_room_is_told(shape: Sequence[int], dtype: torch.dtype, tag: str) -> Itera
         raise DeviceOutOfMemory(f"{size} bytes for {tag!r} cannot be allocated.") from error
 
 
+OWN_PAGES_FROM = 1 << 20
+"""Bytes from which a tensor has pages of its own."""
+
+
+def own_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory which, if it is large, goes back to the system with the tensor: among
+    the C library's own, weights that are freed once packed would leave holes that stay."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < OWN_PAGES_FROM:
+        return torch.empty(tuple(shape), dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+
+
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeroed memory of which the system provides each page when it is first written: a large
     cache costs nothing at start, and only what is used later."""
@@ -114,11 +130,16 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def to_accelerator(host: Tensor, device: torch.device) -> Tensor:
     """A copy of `host` on `device`, made on the current stream without waiting for it: from pinned
-    memory, which torch keeps until the copy is over, so that `host` may change at once. On the
-    host itself: a clone."""
+    memory, which torch keeps until the copy is over, so that `host` may change at once. `host`
+    itself where the device is the host."""
     if device.type == "cpu":
-        return host.clone()
-    return torch.empty_like(host, pin_memory=True).copy_(host).to(device, non_blocking=True)
+        return host
+    return pinned_like(host).copy_(host).to(device, non_blocking=True)
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """Host memory for a copy of `tensor`, which an accelerator reads and writes by itself."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True)
 
 
 def move_blocks(regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .host_device import to_accelerator
+from .host_device import pinned_like, to_accelerator
 from .interface import (
     Device,
     DeviceLost,
@@ -150,8 +150,7 @@ class TorchAccelerator(Device):
     def to_host(self, tensor: Tensor) -> Tensor:
         with self._open():
             if self.inside:
-                copy = torch.empty_like(tensor, device="cpu", pin_memory=True)
-                return copy.copy_(tensor, non_blocking=True)
+                return pinned_like(tensor).copy_(tensor, non_blocking=True)
             self.synchronize()
             with self._accelerator.stream(self._compute):
                 copy = torch.empty_like(tensor, device="cpu").copy_(tensor)
