@@ -68,10 +68,6 @@ class Rank:
                     f"The device has no room for the model and its KV cache: {error} Lower "
                     "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or --max-model-len."
                 ) from error
-            if self._tracer:
-                self.runner.compiled = compile_steps(
-                    platform, self._tracer, self.decoder, self.runner, config.scheduler
-                )
             undo.pop_all()
         self.description = {**platform.describe(), **_bindings(self.binder)}
 
@@ -101,7 +97,7 @@ class Rank:
             load_format=model.load_format,
             seed=model.seed,
         )
-        return Runner(
+        runner = Runner(
             device=self.device,
             decoder=decoder,
             buffers=buffers,
@@ -110,6 +106,11 @@ class Rank:
             scheduler=scheduler,
             model=model,
         )
+        if self._tracer:
+            runner.compiled = compile_steps(
+                self.binder.platform, self._tracer, decoder, runner, scheduler
+            )
+        return runner
 
     def close(self) -> None:
         self.comm.close()

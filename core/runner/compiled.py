@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from ...platforms.interface import Platform, StepFn, StepGraph, StepLimits
+from ...platforms.interface import (
+    DeviceLost,
+    DeviceOutOfMemory,
+    Platform,
+    StepFn,
+    StepGraph,
+    StepLimits,
+)
 from ..config import SchedulerConfig
 from ..errors import PlatformError
 from ..models.decoder import Decoder
@@ -70,6 +77,8 @@ def _trace(tracer: StepTracer, decoder: Decoder, runner: Runner, num_tokens: int
 def _build(platform: Platform, graph: StepGraph, limits: StepLimits) -> StepFn | None:
     try:
         return platform.build_step(graph, limits)
+    except (DeviceLost, DeviceOutOfMemory):
+        raise  # not the compiler's fault
     except Exception as error:
         raise PlatformError(
             f"Platform {platform.name!r} failed to compile a step of {graph.num_tokens} tokens: "

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from trimaran.core import executor as executor_module
 from trimaran.core import resolve as resolve_module
-from trimaran.core.errors import PlatformError
+from trimaran.core.errors import KVMemoryError, PlatformError
 from trimaran.core.executor import UniExecutor
 from trimaran.core.models.layers import GatedMLP
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.interface import (
     Capabilities,
+    DeviceOutOfMemory,
     Fusion,
     OpImpl,
     OpSignature,
@@ -369,6 +370,19 @@ def test_a_platform_that_fails_to_compile_is_named(use: Use) -> None:
     with (
         pytest.raises(PlatformError, match=r"'strict' .*32 tokens: RuntimeError: out of registers"),
         open_loop("qwen3", platform=use(Broken)),
+    ):
+        pass
+
+
+class Full(Compiling):
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        raise DeviceOutOfMemory("4 GiB for the program.")
+
+
+def test_no_memory_for_a_compiled_step_says_what_to_lower(use: Use) -> None:
+    with (
+        pytest.raises(KVMemoryError, match=r"4 GiB for the program\. Lower"),
+        open_loop("qwen3", platform=use(Full)),
     ):
         pass
 
