@@ -23,7 +23,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "softcap window": {"softcap": 3.0, "sliding_window": 20},
     "not causal": {"causal": False},
 }
-QUICK = ("gqa", "mqa", "head 80", "window", "softcap")
+QUICK: tuple[str, ...] = ("gqa", "mqa", "head 80", "window", "softcap")
 
 
 def spec_for(

@@ -170,7 +170,8 @@ class Program:
         for sequence, count in work:
             self.drop_outside_window(sequence, count)
         slots = [slot for one in new for slot in one[0]]
-        key, value = (torch.cat([one[i] for one in new]) for i in (1, 2))
+        key = torch.cat([keys for _, keys, _ in new])
+        value = torch.cat([values for _, _, values in new])
         starts = [0]
         for _, count in work:
             starts.append(starts[-1] + count)
