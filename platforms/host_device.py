@@ -41,7 +41,7 @@ class HostDevice(Device):
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
         with no_room_is_told(shape, dtype, tag):
-            return self._ledger.add(tag, own_pages(shape, dtype))
+            return self._ledger.add(tag, torch.empty(tuple(shape), dtype=dtype))
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with no_room_is_told(shape, dtype, "kv"):
@@ -51,6 +51,7 @@ class HostDevice(Device):
         self._ledger.enter(owner, size, tag)
 
     def memory(self) -> MemoryInfo:
+        host.trim_heap()
         return MemoryInfo(host.total_memory(), host.available_memory(), self._ledger.by_tag())
 
     def launch(self, work: Callable[[], None]) -> Event:
@@ -98,22 +99,6 @@ def no_room_is_told(shape: Sequence[int], dtype: torch.dtype, tag: str) -> Itera
             raise
         size = math.prod(shape) * dtype.itemsize
         raise DeviceOutOfMemory(f"{size} bytes for {tag!r} cannot be allocated.") from error
-
-
-OWN_PAGES_FROM = 1 << 20
-"""Bytes from which a tensor has pages of its own."""
-
-
-def own_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory which, if it is large, goes back to the system with the tensor: among
-    the C library's own, weights that are freed once packed would leave holes that stay."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < OWN_PAGES_FROM:
-        return torch.empty(tuple(shape), dtype=dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
