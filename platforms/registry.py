@@ -28,8 +28,8 @@ logger = logging.getLogger("trimaran.platforms")
 GROUP = "trimaran.platforms"
 
 _BUILT_IN = tuple(
-    EntryPoint(name, f"{__package__}.{name}:{attribute}", GROUP)
-    for name, attribute in (("cpu", "CpuPlatform"), ("strict", "StrictPlatform"))
+    EntryPoint(name, f"{__package__}.{name}:{name.capitalize()}Platform", GROUP)
+    for name in ("cpu", "cuda", "rocm", "strict")
 )
 
 

@@ -43,6 +43,8 @@ from trimaran.platforms.interface import (
 from trimaran.platforms.strict import StrictPlatform
 from trimaran.platforms.trial_memory import TrialMemory
 
+BUILT_IN = registry._BUILT_IN
+
 
 class Minimal(Platform):
     name = "minimal"
@@ -81,8 +83,10 @@ def probing(answer: object) -> type[Platform]:
 
 @pytest.fixture(autouse=True)
 def a_fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing loaded, nothing warned of, nothing remembered."""
+    """Nothing loaded, nothing warned of, nothing remembered, and no accelerator to win."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    hosts = tuple(entry for entry in BUILT_IN if entry.name in ("cpu", "strict"))
+    monkeypatch.setattr(registry, "_BUILT_IN", hosts)
     registry._loaded.clear()
     registry._warn_once.cache_clear()
     yield
@@ -141,11 +145,27 @@ def reason(name: str) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
-def test_the_built_in_platforms_are_usable_and_cpu_is_chosen() -> None:
+def test_the_host_platforms_are_usable_and_cpu_is_chosen() -> None:
     usable = [candidate.name for candidate in registry.available() if candidate.usable]
     assert usable == ["cpu", "strict"]
     assert registry.choose() is CpuPlatform
     assert registry.choose("strict") is StrictPlatform
+
+
+def test_a_built_in_platform_without_its_hardware_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registry, "_BUILT_IN", BUILT_IN)
+    found = {candidate.name: candidate for candidate in registry.available()}
+    assert set(found) == {"cpu", "cuda", "rocm", "strict"}
+    for name, library in (("cuda", r"NVIDIA|NVML|pynvml"), ("rocm", r"AMD|amdsmi")):
+        assert found[name].cls is not None, "that it does not apply here is not a fault"
+        assert found[name].usable or re.search(library, found[name].probe.reason)
+        if not found[name].usable:
+            with pytest.raises(PlatformUnavailable, match=rf"  {name}: .*({library})"):
+                registry.choose(name)
+    registry.choose()
+    assert caplog.messages == []
 
 
 def test_an_installed_platform_is_found_and_the_best_score_wins(entry: Any) -> None:
@@ -243,7 +263,7 @@ def test_probing_every_platform_initialises_nothing() -> None:
         from trimaran.platforms import registry
         assert len(registry.available()) >= 2
         assert threading.active_count() == 1 and torch.get_num_threads() == threads
-        assert "trimaran.platforms.communicator" not in sys.modules
+        assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
 
@@ -653,7 +673,7 @@ def test_broken_packages_are_a_line_each_and_the_good_one_serves(tmp_path: Path)
         vendor_packages.install(site, name, code)
     newer = MANIFEST.replace(">=0.2,<0.3", ">=2.0")
     vendor_packages.install(site, "newer", "raise SystemExit('imported')", manifest=newer)
-    vendor_packages.install(site, "acme")
+    vendor_packages.install(site, "acme", score=9000)
     environment = {**os.environ, "PYTHONPATH": str(site), "HOME": str(home)}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
