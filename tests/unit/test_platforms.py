@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from trimaran.platforms import host
+from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.communicator import LocalCommunicator, open_communicator
 from trimaran.platforms.cpu import CpuPlatform
-from trimaran.platforms.host_device import HostDevice
+from trimaran.platforms.host_device import FinishedEvent, HostDevice
 from trimaran.platforms.interface import (
     PLATFORM_API,
     ApiRange,
@@ -30,6 +31,7 @@ from trimaran.platforms.interface import (
     Platform,
     Probe,
 )
+from trimaran.platforms.ops import DensePacker
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform, strict_platform
 from trimaran.platforms.strict_device import SENTINEL, StrictDevice
 
@@ -87,6 +89,33 @@ def test_getattr_is_refused() -> None:
     with pytest.raises(TypeError, match="__getattr__"):
 
         class Wrong(Minimal):
+            def __getattr__(self, name: str) -> Any:
+                return None
+
+
+def test_every_class_of_the_contract_is_checked() -> None:
+    with pytest.raises(TypeError, match=r"Wrong\.alloc\(self, shape, dtype, name\).*alloc\(self,"):
+
+        class Wrong(HostDevice):
+            def alloc(self, shape: Any, dtype: Any, name: str) -> Any:  # type: ignore[override]
+                raise NotImplementedError
+
+    with pytest.raises(TypeError, match="supports"):
+
+        class Property(ReferenceAttention):
+            @property
+            def supports(self) -> Any:  # type: ignore[override]
+                raise NotImplementedError
+
+    with pytest.raises(TypeError, match=r"timeout=.*does not match"):
+
+        class Waiting(FinishedEvent):
+            def wait(self, timeout: float = 1.0) -> None:
+                raise NotImplementedError
+
+    with pytest.raises(TypeError, match="__getattr__"):
+
+        class Anything(DensePacker):
             def __getattr__(self, name: str) -> Any:
                 return None
 
@@ -286,6 +315,7 @@ def test_knobs_reach_a_platform_made_without_arguments() -> None:
 
 RANK = """
 import sys, torch
+from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.communicator import open_communicator
 from trimaran.platforms.interface import GroupSpec
 
