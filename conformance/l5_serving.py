@@ -1,0 +1,347 @@
+"""L5: serving: requests that are cancelled, memory that is used up, steps that fail, a device that
+is lost, and nothing left over after any of them."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+
+import psutil
+import torch
+
+from ..core.async_engine import AsyncEngine
+from ..core.engine.messages import AbortRequests, AddRequests
+from ..core.errors import EngineDeadError, KVMemoryError
+from ..core.sampling_params import OutputKind, SamplingParams
+from ..platforms.interface import Device, DeviceLost, DeviceOutOfMemory
+from . import l5_server
+from .base import Check, Failed, Subject
+from .engines import Session, dtype_of, engine_args, open_session, request
+from .faults import Fault, with_fault
+from .models import Case, cases
+
+MODEL = "qwen3"
+NUM_TOKENS = 8
+LENGTHS = (5, 20, 33, 47)
+MEGABYTE = 1e6
+RSS_SLACK = 12.0  # MB that caches of allocators and libraries may still grow by
+PIECE = 1 << 50  # bytes: more than any address space holds
+LOST = "the card fell off the bus (a fault of the conformance kit)"
+
+Figures = Mapping[str, float] | None
+
+
+def checks(subject: Subject) -> list[Check]:
+    return [
+        _check("out_of_memory", subject, out_of_memory, "asked of the device, and of an engine"),
+        _check("failed_step", subject, failed_step, "its requests end, the engine goes on"),
+        _check("device_lost/event", subject, lost_in_event, "told by a launch's event", 60),
+        _check("device_lost/call", subject, lost_in_call, "told by a call", 60),
+        _check("device_lost/served", subject, lost_while_serving, "told to every stream", 90),
+        _check("cancel", subject, cancel, "in the middle of steps"),
+        _check("steady", subject, steady, "hundreds of steps use no more memory"),
+        _check("open_close", subject, open_close, "engines leave nothing behind"),
+        *l5_server.checks(subject),
+    ]
+
+
+def _check(
+    name: str,
+    subject: Subject,
+    run: Callable[[Subject], Figures],
+    about: str,
+    seconds: float = 120,
+) -> Check:
+    return Check(name, partial(run, subject), about=about, seconds=seconds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Memory that is used up, and steps that fail
+# ---------------------------------------------------------------------------------------------
+
+
+def out_of_memory(subject: Subject) -> Figures:
+    _ask_for_too_much(subject)
+    total = max(subject.cls.probe().devices[0].memory, 1 << 34)
+    _must_not_open(subject, kv_cache_memory_bytes=str(64 * total))
+    fault = Fault(allocations=2)
+    faulty = with_fault(subject, fault)
+    _must_not_open(faulty)
+    fault.allocations = None
+    _expect_freed(fault.devices[-1], "an engine that found no memory for its cache")
+    with open_session(faulty, MODEL) as session:
+        _expect_right(subject, session, "after an engine that found no memory")
+    return None
+
+
+def _ask_for_too_much(subject: Subject) -> None:
+    """More than there can be, twice; and the device goes on working."""
+    device = subject.platform().open(subject.device, 1)
+    try:
+        for name, ask in (
+            ("alloc", lambda: device.alloc((PIECE,), torch.uint8, "test")),
+            ("alloc_kv", lambda: device.alloc_kv((PIECE,), torch.uint8)),
+        ):
+            try:
+                ask()
+            except DeviceOutOfMemory:
+                pass
+            except Exception as error:
+                raise Failed(
+                    f"Device.{name} of 2^50 bytes raised {type(error).__name__}, not "
+                    f"DeviceOutOfMemory: {error}"
+                ) from error
+            else:
+                raise Failed(f"Device.{name} of 2^50 bytes found room")
+            held = sum(device.memory().by_tag.values())
+            if held:
+                raise Failed(f"Device.{name} found no room, but {held} bytes are accounted for it")
+        found = device.to_host(device.to_device(torch.arange(5)))
+        if found.tolist() != [0, 1, 2, 3, 4]:
+            raise Failed("the device does not copy any more after it found no room")
+    finally:
+        device.close()
+
+
+def _must_not_open(subject: Subject, **settings: object) -> None:
+    try:
+        session = Session(engine_args(subject, MODEL, **settings))
+    except KVMemoryError as error:
+        if "ower" not in error.message:  # "Lower …": what to change
+            raise Failed(f"the error does not say what to change: {error.message}") from error
+        return
+    session.close()
+    raise Failed(f"an engine whose cache cannot fit ({dict(settings)}) was opened")
+
+
+def failed_step(subject: Subject) -> Figures:
+    """Whatever a launch raises ends the requests of that step, and theirs alone."""
+    fault = Fault()
+    with open_session(with_fault(subject, fault), MODEL) as session:
+        _expect_right(subject, session, "before anything failed")
+        for error in (RuntimeError("a kernel failed"), DeviceOutOfMemory("no scratch memory")):
+            session.client.send(AddRequests(_requests(subject, 24)))
+            for _ in range(3):
+                session.poll()
+            fault.fail_once = error
+            found = session.run([])
+            said = {one.error for one in found.values()}
+            if not said or not all(text and str(error) in text for text in said):
+                raise Failed(
+                    f"a launch raised {type(error).__name__}({error}), but its requests ended "
+                    f"with {sorted(map(str, said))}"
+                )
+            _expect_right(subject, session, f"after a launch that raised {type(error).__name__}")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# A device that is lost
+# ---------------------------------------------------------------------------------------------
+
+
+def lost_in_event(subject: Subject) -> Figures:
+    return _lose(subject, "in_work")
+
+
+def lost_in_call(subject: Subject) -> Figures:
+    return _lose(subject, "in_calls")
+
+
+def _lose(subject: Subject, where: str) -> Figures:
+    fault = Fault()
+    session = Session(engine_args(with_fault(subject, fault), MODEL))
+    try:
+        session.client.send(AddRequests(_requests(subject, 50)))
+        for _ in range(4):
+            session.poll()
+        setattr(fault, where, lambda: DeviceLost(LOST))
+        start = time.monotonic()
+        try:
+            session.run([])
+        except EngineDeadError as error:
+            _expect_named(error)
+        else:
+            raise Failed("the device is lost, but the engine goes on")
+        try:
+            session.client.send(AddRequests(_requests(subject, 2)))
+        except EngineDeadError:
+            pass
+        else:
+            raise Failed("the engine of a lost device takes requests")
+    finally:
+        session.close()
+    seconds = time.monotonic() - start
+    with open_session(subject, MODEL) as again:
+        _expect_right(subject, again, "on a new engine after a lost device")
+    return {"s to the end": seconds}
+
+
+def _expect_named(error: EngineDeadError) -> None:
+    if LOST not in error.message:
+        raise Failed(f"the engine's last error does not name what happened: {error.message}")
+
+
+def lost_while_serving(subject: Subject) -> Figures:
+    """Every stream ends with an error that names it, and the engine is not ready any more."""
+    fault = Fault()
+    return asyncio.run(_lose_while_serving(with_fault(subject, fault), fault))
+
+
+async def _lose_while_serving(subject: Subject, fault: Fault) -> Figures:
+    engine = AsyncEngine.from_args(engine_args(subject, "default", dtype="auto"), in_process=True)
+    await engine.start()
+    try:
+        params = SamplingParams(
+            max_tokens=100, ignore_eos=True, temperature=0.0, output_kind=OutputKind.DELTA
+        )
+        streams = [await engine.submit("hello", params) for _ in range(4)]
+        for stream in streams:
+            await asyncio.wait_for(anext(stream), 30)
+        fault.in_work = lambda: DeviceLost(LOST)
+        start = time.monotonic()
+        for stream in streams:
+            try:
+                async with asyncio.timeout(20):
+                    async for _ in stream:
+                        continue
+            except EngineDeadError as error:
+                _expect_named(error)
+            except TimeoutError:
+                raise Failed("a stream hangs on the engine of a lost device") from None
+            else:
+                raise Failed("a stream on a lost device ended without an error")
+        seconds = time.monotonic() - start
+        try:
+            engine.health()
+        except EngineDeadError:
+            return {"s to the end": seconds}
+        raise Failed("the engine of a lost device says that it is ready")
+    finally:
+        await engine.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# What is left
+# ---------------------------------------------------------------------------------------------
+
+
+def cancel(subject: Subject) -> Figures:
+    """Requests that are aborted between any two steps leave no block, and disturb no other."""
+    rounds = 4 if subject.quick else 12
+    with open_session(subject, MODEL, max_num_batched_tokens=32) as session:
+        for number in range(rounds):
+            session.client.send(AddRequests(_requests(subject, 30, "cancelled")))
+            for _ in range(number % 5 + 1):
+                session.poll()
+            ids = [one.request_id for one in _requests(subject, 30, "cancelled")]
+            session.client.send(AbortRequests(ids[number % 2 :]))
+            _expect_right(subject, session, "beside requests that were cancelled")
+            held = session.client.engine.scheduler.stats().kv_used
+            if held:
+                raise Failed(f"{held} KV blocks are in use after the last request was cancelled")
+    return None
+
+
+def steady(subject: Subject) -> Figures:
+    """Steps allocate nothing that they do not free."""
+    num_rounds, count = (6, 50) if subject.quick else (20, 50)
+    process = psutil.Process()
+    with open_session(subject, MODEL, enable_prefix_caching=False) as session:
+        requests = _requests(subject, count)
+        for _ in range(2):
+            session.run(requests)
+        tags, rss = dict(session.device.memory().by_tag), _settled_rss(process)
+        before = len(session.plans)
+        for _ in range(num_rounds):
+            session.run(requests)
+        steps = len(session.plans) - before
+        session.plans.clear()
+        grown = _settled_rss(process) - rss
+        now = dict(session.device.memory().by_tag)
+    if now != tags:
+        raise Failed(f"{steps} steps changed the memory that is accounted for: {tags} → {now}")
+    if grown > RSS_SLACK:
+        raise Failed(f"{steps} steps made the process grow by {grown:.1f} MB")
+    return {"steps": steps, "MB grown": grown}
+
+
+def open_close(subject: Subject) -> Figures:
+    """Engines that are opened, used and closed again and again."""
+    process = psutil.Process()
+    seen: list[tuple[int, int, float]] = []  # threads, file descriptors, MB
+    for _ in range(5 if subject.quick else 9):
+        session = Session(engine_args(subject, MODEL))
+        device = session.device
+        try:
+            _expect_right(subject, session, "on an engine opened again")
+            if not sum(device.memory().by_tag.values()):
+                raise Failed("Device.memory accounts for nothing while a model is loaded")
+        finally:
+            session.close()
+        ended = weakref.ref(session.client.engine)
+        del session
+        gc.collect()
+        if ended() is not None:
+            raise Failed("a closed engine is still held by something")
+        _expect_freed(device, "an engine that was closed")
+        del device
+        seen.append((_num_threads(), process.num_fds(), _settled_rss(process)))
+    first, last = seen[1], seen[-1]
+    for what, before, after in zip(("threads", "file descriptors"), first, last, strict=False):
+        if after > before:
+            raise Failed(f"{what} grow with every engine: {[one[0] for one in seen]}")
+    if last[2] - first[2] > RSS_SLACK:
+        raise Failed(f"the process grows with every engine: {[round(one[2]) for one in seen]} MB")
+    return {"MB grown": last[2] - first[2]}
+
+
+def _num_threads() -> int:
+    """Once those that are ending have ended."""
+    deadline = time.monotonic() + 1.0
+    while threading.active_count() > 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return psutil.Process().num_threads()
+
+
+def _settled_rss(process: psutil.Process) -> float:
+    gc.collect()
+    return float(process.memory_info().rss / MEGABYTE)
+
+
+def _expect_freed(device: Device, after: str) -> None:
+    gc.collect()
+    with suppress(RuntimeError):  # some closed devices answer nothing: their bytes cannot be asked
+        left = {tag: size for tag, size in device.memory().by_tag.items() if size}
+        if left:
+            raise Failed(f"device memory is still held after {after}: bytes by tag {left}")
+
+
+def _cases(subject: Subject) -> list[Case]:
+    return cases(MODEL, LENGTHS, NUM_TOKENS, subject.seed_of("L5"))
+
+
+def _requests(subject: Subject, count: int, name: str = "request") -> list:
+    return [request(f"{name} {i}", case.prompt, count) for i, case in enumerate(_cases(subject))]
+
+
+def _expect_right(subject: Subject, session: Session, when: str) -> None:
+    found = session.run(_requests(subject, NUM_TOKENS, "right"))
+    for i, case in enumerate(_cases(subject)):
+        one = found[f"right {i}", 0]
+        exact = dtype_of(subject) == "float32"
+        if one.error or (exact and one.tokens != list(case.tokens)):
+            raise Failed(
+                f"{when}: the prompt of {len(case.prompt)} tokens yields {one.error or one.tokens},"
+                f" not {list(case.tokens)}",
+                seed=subject.seed,
+            )
+
+
+__all__ = ["checks"]
