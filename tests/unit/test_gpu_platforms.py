@@ -1,0 +1,318 @@
+"""What the GPU hulls say without a device open: tables, findings, limits, memory plans."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import gpu_answers as answers
+from helpers.gpu_answers import fake_amdsmi, fake_pynvml
+
+from trimaran.core.models.registry import decoder_spec
+from trimaran.core.ops import OpBinder
+from trimaran.core.sizing import measure_groups
+from trimaran.platforms import accelerator_communicator, gpu_platform
+from trimaran.platforms.communicator import LocalCommunicator
+from trimaran.platforms.cuda import CudaPlatform
+from trimaran.platforms.gpu_cards import Card
+from trimaran.platforms.gpu_platform import GpuPlatform, find_ordinal
+from trimaran.platforms.gpu_tables import AMD, AMD_CARDS, NVIDIA, NVIDIA_CARDS, capabilities_of
+from trimaran.platforms.interface import (
+    AttentionSpec,
+    Communicator,
+    GroupSpec,
+    PlatformUnavailable,
+)
+from trimaran.platforms.rocm import RocmPlatform
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def cuda_with(monkeypatch: pytest.MonkeyPatch, *cards: answers.NvidiaCard) -> CudaPlatform:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_pynvml(cards))
+    return CudaPlatform()
+
+
+def rocm_with(monkeypatch: pytest.MonkeyPatch, *cards: answers.AmdCard) -> RocmPlatform:
+    monkeypatch.setitem(sys.modules, "amdsmi", fake_amdsmi(cards))
+    return RocmPlatform()
+
+
+TURING = replace(answers.L4, name="Tesla T4", capability=(7, 5))
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("architecture", "bfloat16", "fp8"),
+    [
+        ("sm_70", "emulated", None),
+        ("sm_75", "emulated", None),
+        ("sm_80", "native", None),
+        ("sm_86", "native", None),
+        ("sm_89", "native", "ocp"),
+        ("sm_90", "native", "ocp"),
+        ("sm_100", "native", "ocp"),
+        ("sm_120", "native", "ocp"),
+        ("gfx90a", "native", None),
+        ("gfx942", "native", "fnuz"),
+        ("gfx950", "native", "ocp"),
+        ("gfx1100", "native", None),
+        ("gfx1101", "native", None),
+        ("gfx1200", "native", "ocp"),
+        ("gfx1201", "native", "ocp"),
+    ],
+)
+def test_number_formats(architecture: str, bfloat16: str, fp8: str | None) -> None:
+    known = capabilities_of(architecture, {**NVIDIA, **AMD}[architecture])
+    assert known.dtypes["bfloat16"] == bfloat16 and known.fp8 == fp8
+    assert known.dtypes["float32"] == known.dtypes["float16"] == "native"
+    assert known.isa == architecture
+    assert known.run_ahead == 1 and known.graph_replay and not known.unified_memory
+    assert set(known.kv_dtypes) <= set(known.dtypes)
+
+
+def test_an_unknown_architecture_promises_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = cuda_with(monkeypatch, replace(answers.H200, name="Next", capability=(15, 0)))
+    known = platform.capabilities()
+    assert known.isa == "sm_150" and known.fp8 is None and known.dtypes["bfloat16"] == "emulated"
+
+
+@pytest.mark.parametrize("platform", [CudaPlatform, RocmPlatform])
+def test_described_devices_are_coherent(platform: type[GpuPlatform]) -> None:
+    for spec in platform.known_devices():
+        rates = spec.roofline.flops
+        assert rates["bfloat16"] == rates["float16"] > rates["float32"]
+        names = {"ocp": "float8_e4m3fn", "fnuz": "float8_e4m3fnuz", None: None}
+        assert {name for name in rates if "float8" in name} == (
+            {names[spec.capabilities.fp8]} - {None}
+        )
+        fp8 = rates.get(names[spec.capabilities.fp8] or "", 2 * rates["float16"])
+        assert fp8 == pytest.approx(2 * rates["float16"], rel=0.01)  # dense, like the others
+        assert spec.roofline.source and spec.architecture in {**NVIDIA, **AMD}
+        assert 100e9 < spec.roofline.bandwidth < 10e12
+        assert all(hasattr(torch, name) for name in rates)
+
+
+def test_names_that_users_type() -> None:
+    names = [spec.name for p in (CudaPlatform, RocmPlatform) for spec in p.known_devices()]
+    assert names == [
+        *("h100", "h200", "a100", "l4", "rtx4090"),
+        *("mi210", "mi300x", "mi325x", "mi355x", "rx7900xtx"),
+    ]
+    assert len(NVIDIA_CARDS) == len(AMD_CARDS) == 5
+
+
+# ---------------------------------------------------------------------------------------------
+# Findings, limits, environment
+# ---------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_without_its_units_becomes_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    (finding,) = cuda_with(monkeypatch, TURING).review({"dtype": "bfloat16", "device": 0})
+    assert (finding.kind, finding.field, finding.value) == ("adjust", "dtype", "float16")
+    assert "sm_75 has no bfloat16 units" in finding.reason
+    assert cuda_with(monkeypatch, TURING).review({"dtype": "float16"}) == []
+    assert cuda_with(monkeypatch, answers.A100).review({"dtype": "bfloat16"}) == []
+
+
+def test_the_asked_device_is_reviewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = cuda_with(monkeypatch, answers.A100, TURING)
+    assert not platform.review({"dtype": "bfloat16", "device": 0})
+    assert platform.review({"dtype": "bfloat16", "device": 1})
+
+
+def test_an_8_bit_cache_is_rejected_with_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"dtype": "bfloat16", "kv_cache_dtype": "float8_e4m3fn"}
+    (finding,) = cuda_with(monkeypatch, answers.A100).review(plan)
+    assert finding.kind == "reject" and "sm_80 has no float8 units" in finding.reason
+    (finding,) = rocm_with(monkeypatch, answers.MI300X).review(plan)
+    assert finding.kind == "reject" and "gfx942 reads fnuz float8" in finding.reason
+
+
+def test_a_group_is_told_how_it_talks(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = {"dtype": "float16", "tensor_parallel_size": 2}
+    monkeypatch.setattr(gpu_platform, "missing_nccl", lambda: "")
+    assert cuda_with(monkeypatch, answers.H100, answers.H100).review(plan) == []
+    (finding,) = cuda_with(monkeypatch, answers.RTX4090).review(plan)
+    assert finding.kind == "note" and "PCI bus" in finding.reason
+    monkeypatch.setattr(gpu_platform, "missing_nccl", lambda: "built without NCCL")
+    (finding,) = cuda_with(monkeypatch, answers.H100).review(plan)
+    assert finding.kind == "note" and "host memory: built without NCCL" in finding.reason
+
+
+def test_the_environment_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    platform = CudaPlatform()
+    monkeypatch.setattr(gpu_platform.host, "physical_cores", lambda: 12)
+    assert platform.process_env(0, {"tensor_parallel_size": 4}) == {"OMP_NUM_THREADS": "3"}
+    assert platform.process_env(3, {"tensor_parallel_size": 4}) == {"OMP_NUM_THREADS": "3"}
+    assert platform.process_env(0, {}) == {"OMP_NUM_THREADS": "8"}
+    assert platform.process_env(0, {"num_threads": 2}) == {"OMP_NUM_THREADS": "2"}
+
+
+# ---------------------------------------------------------------------------------------------
+# Plans
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", [CudaPlatform(), RocmPlatform()])
+def test_a_cache_is_sized_without_a_device(platform: GpuPlatform) -> None:
+    """Llama 3.1 8B: 8 KV heads of 128 in 32 layers, 2 bytes, keys and values: 128 KiB a token."""
+    (size,) = measure_groups(
+        platform,
+        decoder_spec(LLAMA_8B),
+        dtype=torch.bfloat16,
+        kv_dtype=torch.bfloat16,
+        block_size=None,
+        ranks=1,
+    )
+    assert size.block_size == 32 and size.block_bytes == 32 * (128 << 10)
+    assert not torch.cuda.is_initialized()
+
+
+@pytest.mark.parametrize("platform", [CudaPlatform(), RocmPlatform()])
+def test_a_block_is_aligned_whatever_the_model(platform: GpuPlatform) -> None:
+    for head_dim, dtype in ((1, torch.float16), (20, torch.float32), (80, torch.bfloat16)):
+        spec = AttentionSpec(1, 1, head_dim, 1.0, dtype, dtype, 16)
+        constraints = platform.kv_constraints(spec)
+        assert spec.block_size % constraints.block_multiple == 0
+        for impl in platform.attention(spec):
+            assert impl.block_bytes(spec) % constraints.alignment == 0
+
+
+def test_every_op_is_bound_to_torchs_kernels() -> None:
+    binder = OpBinder(CudaPlatform())
+    for op in ("linear", "rms_norm", "rope", "silu_mul", "gelu_mul", "gelu_tanh_mul"):
+        binder.bind(op, torch.bfloat16)
+    binder.bind("add_rms_norm", torch.bfloat16)
+    chosen = {binding.op: binding.chosen for binding in binder.report()}
+    assert chosen["linear"] == chosen["rms_norm"] == chosen["rope"] == "torch"
+    assert chosen["add_rms_norm"] == "add + rms_norm"
+
+
+# ---------------------------------------------------------------------------------------------
+# Opening
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to open")
+def test_opening_without_the_vendors_torch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PlatformUnavailable, match="H100 80GB HBM3 cannot be opened"):
+        cuda_with(monkeypatch, answers.H100).open(0)
+    with pytest.raises(ValueError, match="there is no device 3"):
+        cuda_with(monkeypatch, answers.H100).open(3)
+
+
+class Torchs:
+    """torch.cuda with these UUIDs, in its own order."""
+
+    def __init__(self, *uuids: str | None) -> None:
+        self._uuids = uuids
+
+    def device_count(self) -> int:
+        return len(self._uuids)
+
+    def get_device_properties(self, ordinal: int) -> Any:
+        uuid = self._uuids[ordinal]
+        return object() if uuid is None else type("Properties", (), {"uuid": uuid})
+
+
+def test_torchs_number_of_a_card() -> None:
+    """CUDA puts the fastest card first, NVML goes along the bus."""
+    card = Card(answers.A100.uuid, "A100", 0, "sm_80")
+    plain = answers.A100.uuid.removeprefix("GPU-")
+    assert find_ordinal(Torchs("0000", plain), card, 0) == 1
+    assert find_ordinal(Torchs(None, None), card, 1) == 1  # a torch that tells no UUID
+    with pytest.raises(RuntimeError, match="torch sees 1 devices"):
+        find_ordinal(Torchs(None), card, 1)
+
+
+def test_hip_fills_a_uuid_with_text() -> None:
+    card = Card("GPU-8af705259683161c", "MI300X", 0, "gfx942")
+    text = b"8af705259683161c".hex()
+    uuid = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+    assert find_ordinal(Torchs("00112233-4455-6677-8899-aabbccddeeff", uuid), card, 0) == 1
+
+
+def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = cuda_with(monkeypatch, answers.H100, answers.H100).describe()
+    assert facts["devices"] == "2 x NVIDIA H100 80GB HBM3 (sm_90)"
+
+
+# ---------------------------------------------------------------------------------------------
+# Collectives
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_group_of_one_starts_nothing() -> None:
+    found = CudaPlatform().communicator(GroupSpec(), None)  # type: ignore[arg-type]
+    assert isinstance(found, LocalCommunicator)
+
+
+class Doubling(Communicator):
+    """A group of two of which both members hold the same."""
+
+    rank, size = 0, 2
+    closed = False
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 2
+
+    def all_gather(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        return torch.cat((tensor, tensor), dim=dim)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> torch.Tensor:
+        return tensor + source
+
+    def barrier(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_without_nccl_collectives_go_through_the_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = Doubling()
+    monkeypatch.setattr(accelerator_communicator, "GlooCommunicator", lambda group: inner)
+    monkeypatch.setattr(accelerator_communicator, "missing_nccl", lambda: "no NCCL here")
+    group = CudaPlatform().communicator(GroupSpec(0, 2, "file:///x"), None)  # type: ignore[arg-type]
+    assert "no NCCL here" in caplog.text
+    tensor = torch.ones(2)
+    assert group.all_reduce(tensor) is tensor and tensor.tolist() == [2.0, 2.0]
+    assert group.all_gather(tensor, 0).shape == (4,)
+    assert group.broadcast(tensor, 1).tolist() == [3.0, 3.0] == tensor.tolist()
+    group.close()
+    assert inner.closed
+
+
+def test_tables_are_json() -> None:
+    """What `trimaran plan --json` and the support matrix print."""
+    for spec in CudaPlatform.known_devices():
+        assert json.loads(json.dumps(dataclasses.asdict(spec)))["name"] == spec.name
