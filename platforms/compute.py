@@ -199,7 +199,8 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A strided view of a value; sizes, strides and offset count elements."""
+    """A strided view of a value; sizes, strides and offset count elements of the value laid out
+    contiguously, from its first one."""
 
     base: Value
     shape: tuple[int, ...]
@@ -214,6 +215,13 @@ class StepMetadata:
     group: int
 
 
+class Output(NamedTuple):
+    """What a node makes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True, slots=True)
 class StepNode:
     """One call of an op: a name of `ops.OPS`, a chain of them joined by `+`, `attention` or
@@ -224,7 +232,7 @@ class StepNode:
     op: str
     call: Callable[..., Any]
     arguments: tuple[Any, ...]
-    outputs: int
+    outputs: tuple[Output, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,4 +246,5 @@ class StepGraph:
 
 
 StepFn = Callable[[Sequence[Any]], Tensor]
-"""A compiled step: takes the metadata of each cache group, returns the hidden states."""
+"""A compiled step: takes the metadata of each cache group, returns the hidden states. It is called
+inside a launch."""

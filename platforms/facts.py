@@ -98,7 +98,9 @@ class Finding:
 @dataclass(frozen=True, slots=True)
 class StepLimits:
     """Bounds on one step. `token_buckets`: sizes a step is padded to (empty: any size), so the
-    largest is a bound too. `mixed_batches` False: prompts and decoding take turns."""
+    largest is a bound too; padding is sequences of one token each in the scratch block, which
+    `AttentionImpl.plan` sees like any others. `mixed_batches` False: prompts and decoding take
+    turns."""
 
     max_tokens: int | None = None
     token_buckets: tuple[int, ...] = ()

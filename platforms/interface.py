@@ -33,6 +33,7 @@ from .compute import (
     LayerKV,
     OpImpl,
     OpSignature,
+    Output,
     PackedWeight,
     StepFn,
     StepGraph,
@@ -86,6 +87,7 @@ __all__ = [
     "MemoryInfo",
     "OpImpl",
     "OpSignature",
+    "Output",
     "PackedWeight",
     "Platform",
     "PlatformUnavailable",
@@ -306,7 +308,8 @@ class Platform(Contract):
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
         """Compile one step of `graph.num_tokens` tokens; asked for each of the token buckets where
-        `Capabilities.compiles_steps`. None: run it op by op."""
+        `Capabilities.compiles_steps`, outside any launch, after the model is loaded and its cache
+        allocated. `limits`: those that steps really keep. None: run it op by op."""
         return None
 
     def describe(self) -> Mapping[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .interface import StepFn, StepGraph, StepMetadata, StepNode, Value, View
+from .interface import Output, StepFn, StepGraph, StepMetadata, StepNode, Value, View
 from .ops import OPS
 
 OUTSIDE_OPS = ("attention", "kv_write")
@@ -44,7 +44,9 @@ def _check_value(argument: Any, graph: StepGraph, before: int, user: str) -> Non
     value = argument.base if isinstance(argument, View) else argument
     if not isinstance(value, Value):
         return
-    if not (0 <= value.node < before and 0 <= value.position < graph.nodes[value.node].outputs):
+    if not (
+        0 <= value.node < before and 0 <= value.position < len(graph.nodes[value.node].outputs)
+    ):
         raise ValueError(f"{user} reads {value}, which no node before it makes.")
 
 
@@ -62,8 +64,7 @@ def _resolve(argument: Any, values: dict[Value, Tensor], metadata: Sequence[Any]
 
 def _as_outputs(found: Any, node: StepNode, index: int) -> tuple[Tensor, ...]:
     outputs = () if found is None else found if isinstance(found, tuple) else (found,)
-    if len(outputs) != node.outputs:
-        raise ValueError(
-            f"Node {index} ({node.op}) made {len(outputs)} outputs, not {node.outputs}."
-        )
+    made = tuple(Output(tuple(output.shape), output.dtype) for output in outputs)
+    if made != node.outputs:
+        raise ValueError(f"Node {index} ({node.op}) made {made}, not {node.outputs}.")
     return outputs

@@ -21,6 +21,7 @@ from ...platforms.interface import (
     AttentionSpec,
     Device,
     LayerKV,
+    Output,
     StepGraph,
     StepMetadata,
     StepNode,
@@ -114,7 +115,8 @@ class _Recording(TorchDispatchMode):
         for position, output in enumerate(outputs):
             made = self._made.setdefault(_storage(output), [])
             made.insert(0, (Value(len(self.nodes), position), output))
-        self.nodes.append(StepNode(op, call, tuple(arguments), len(outputs)))
+        kinds = tuple(Output(tuple(made.shape), made.dtype) for made in outputs)
+        self.nodes.append(StepNode(op, call, tuple(arguments), kinds))
         return found
 
     def refer(self, argument: Any) -> Any:

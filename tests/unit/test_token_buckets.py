@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from trimaran.core.runner.rows import RowTable
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import (
     AttentionImpl,
+    Output,
     PackedWeight,
     StepGraph,
     StepLimits,
@@ -162,22 +163,31 @@ def test_the_scratch_row_is_nobodys() -> None:
 WEIGHT = torch.arange(1.0, 4.0)
 
 
-def node(op: str, call: Callable[..., Any], *arguments: Any, outputs: int = 1) -> StepNode:
-    return StepNode(op, call, arguments, outputs)
+def node(
+    op: str, call: Callable[..., Any], *arguments: Any, outputs: Sequence[tuple[int, ...]] = ((3,),)
+) -> StepNode:
+    kinds = tuple(Output(shape, torch.float32) for shape in outputs)
+    return StepNode(op, call, arguments, kinds)
 
 
 def test_a_graph_means_its_calls_in_order() -> None:
     """Values by position, views of a value that is not laid out in rows, metadata by group."""
-    ids = torch.tensor([2, 0])
+    ids = torch.tensor([2.0, 0.0])
     nodes = (
-        node("embed", lambda ids: (ids.repeat(3, 1).t(), ids + 1), ids, outputs=2),
-        node("add", lambda a, b: a + b, Value(0, 1), StepMetadata(1)),
-        node("kv_write", lambda a: None, Value(1), outputs=0),
-        node("linear+silu_mul", lambda a, b: a * b, View(Value(0), (2,), (3,), 1), Value(1)),
+        node("embed", lambda ids: (ids.repeat(3, 1).t(), ids + 1), ids, outputs=((2, 3), (2,))),
+        node("add", lambda a, b: a + b, Value(0, 1), StepMetadata(1), outputs=((2,),)),
+        node("kv_write", lambda a: None, Value(1), outputs=()),
+        node(
+            "linear+silu_mul",
+            lambda a, b: a * b,
+            View(Value(0), (2,), (3,), 1),
+            Value(1),
+            outputs=((2,),),
+        ),
     )
     step = interpret(StepGraph(2, nodes, View(Value(3), (2, 1), (1, 1), 0)))
     assert step([None, 10]).tolist() == [[2 * 13], [0]]
-    ids.copy_(torch.tensor([1, 4]))  # a persistent tensor: its content is read in each step
+    ids.copy_(torch.tensor([1.0, 4.0]))  # a persistent tensor: its content is read in each step
     assert step([None, 20]).tolist() == [[22], [4 * 25]]
 
 
@@ -197,9 +207,10 @@ def test_a_malformed_graph_is_refused(nodes: Any, result: Any, message: str) -> 
 
 
 def test_an_op_that_makes_something_else_is_noticed() -> None:
-    graph = StepGraph(1, (node("silu_mul", lambda x: (x, x), WEIGHT),), Value(0))
-    with pytest.raises(ValueError, match="2 outputs, not 1"):
-        interpret(graph)([])
+    for call in (lambda x: (x, x), lambda x: x[:2], lambda x: x.double()):
+        graph = StepGraph(1, (node("silu_mul", call, WEIGHT),), Value(0))
+        with pytest.raises(ValueError, match=r"Node 0 \(silu_mul\) made .* not "):
+            interpret(graph)([])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -231,7 +242,8 @@ def test_a_trace_has_a_node_for_each_call_the_decoder_makes() -> None:
     graph = trace(lambda x: x.view(2, 2)[1])
     assert [n.op for n in graph.nodes] == ["rms_norm", "add_rms_norm"], "a part is no node"
     assert graph.nodes[1].arguments[0] == View(Value(0), (2,), (1,), 2)
-    assert graph.nodes[1].outputs == 2 and graph.result == Value(1, 0)
+    assert graph.nodes[1].outputs == (Output((2,), torch.float32),) * 2
+    assert graph.result == Value(1, 0)
     assert interpret(graph)([]).tolist() == [6 + 1, 8 + 2]
     graph.nodes[0].arguments[0].mul_(10)
     assert interpret(graph)([]).tolist() == [60 + 1, 80 + 2]
