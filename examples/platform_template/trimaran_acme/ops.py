@@ -46,8 +46,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: tri.PackedWeight, bias: Tensor | None) -> Tensor:
-    (packed,) = weight.tensors  # as AcmePacker made it
-    return x @ packed if bias is None else torch.addmm(bias, x, packed)
+    packed: Tensor = weight.tensors[0]  # as AcmePacker laid it out
+    product = x.float() @ packed.float()
+    return (product if bias is None else product + bias).to(x.dtype)
 
 
 def linear_silu_mul(x: Tensor, weight: tri.PackedWeight, bias: Tensor | None) -> Tensor:
