@@ -78,9 +78,10 @@ def build_report(
         own = dataclasses.replace(args, device=target.index)
         try:
             report["plans"].append(plan(facts, own, target, context).to_json())
-        except TrimaranError as error:
+        except Exception as error:  # a vendor's may be any: one device must not spoil the others
+            reason = error.message if isinstance(error, TrimaranError) else repr(error)
             refusal = {"platform": target.platform.name, "device": target.title}
-            report["refused"].append(refusal | {"reason": error.message})
+            report["refused"].append(refusal | {"reason": reason})
     return report
 
 

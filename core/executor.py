@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..platforms.interface import Device, DeviceOutOfMemory, GroupSpec, Platform
 from .config import EngineConfig
@@ -17,6 +17,7 @@ from .models.registry import decoder_spec
 from .models.step import StepBuffers, make_groups
 from .ops import OpBinder
 from .plan import StepOutput, StepPlan
+from .planning.started import compare_with_plan
 from .platform import make_platform
 from .runner.compiled import compile_steps, step_tracer
 from .runner.rows import SLACK
@@ -37,7 +38,7 @@ class StepHandle(Protocol):
 class Executor(Protocol):
     """Runs plans in the order they are submitted."""
 
-    description: Mapping[str, str]
+    description: Mapping[str, Any]
 
     def submit(self, plan: StepPlan) -> StepHandle: ...
 
@@ -69,7 +70,11 @@ class Rank:
                     "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or --max-model-len."
                 ) from error
             undo.pop_all()
-        self.description = {**platform.describe(), **_bindings(self.binder)}
+        self.description: dict[str, Any] = {
+            **platform.describe(),
+            **_bindings(self.binder),
+            "memory": compare_with_plan(config, self.binder, self.device),
+        }
 
     def _build(self, config: EngineConfig) -> Runner:
         model, scheduler = config.model, config.scheduler
@@ -144,7 +149,7 @@ class UniExecutor:
 
     def __init__(self, config: EngineConfig) -> None:
         self._rank: Rank | None = Rank(config, GroupSpec())
-        self.description: Mapping[str, str] = self._rank.description
+        self.description: Mapping[str, Any] = self._rank.description
 
     @property
     def model(self) -> Decoder:

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from ..platforms.interface import GroupSpec
 from .config import EngineConfig
@@ -285,7 +286,7 @@ class GroupExecutor:
         except BaseException:
             self._group.close()
             raise
-        self.description: Mapping[str, str] = {
+        self.description: Mapping[str, Any] = {
             **self._rank.description,
             "tensor parallel": f"{size} processes ({os.getpid()}, "
             f"{', '.join(map(str, self._group.process_ids))})",

@@ -70,8 +70,21 @@ class EngineCollector(Collector):
                 counter.add_metric(labels, read(stats))
             yield counter
         yield self._cache_info(rows)
+        yield self._memory()
         dropped = self.dropped_lines()
         yield CounterMetricFamily(PREFIX + "log_lines_dropped", "Lost log lines.", value=dropped)
+
+    def _memory(self) -> Metric:
+        gauge = GaugeMetricFamily(
+            PREFIX + "memory_bytes",
+            "Memory of the first rank, as planned from the configuration and as held after start.",
+            labels=(*LABELS, "kind", "tag"),
+        )
+        for model in self.router:
+            for kind, sizes in model.memory().items():
+                for tag, size in sizes.items():
+                    gauge.add_metric((model.name, str(model.index), kind, tag), size)
+        return gauge
 
     def _cache_info(self, rows: list[tuple[tuple[str, str], EngineStats]]) -> Metric:
         info = GaugeMetricFamily(

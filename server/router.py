@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ..core.args import EngineArgs
@@ -36,6 +36,13 @@ class ServedModel:
     def stats(self) -> EngineStats:
         """What the engine said last; zeros while it loads or is dead."""
         return self.engine.stats() if self.ready else EngineStats()
+
+    def memory(self) -> Mapping[str, Mapping[str, int]]:
+        """`planned` and `actual` bytes by tag, of the engine's first rank; empty while it loads."""
+        found: Mapping[str, Mapping[str, int]] = (
+            self.engine.description.get("memory", {}) if self.ready else {}
+        )
+        return found
 
     def mark_ready(self) -> None:
         """The engine has started: its model is known now."""

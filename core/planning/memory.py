@@ -132,14 +132,13 @@ def rank_memory(
     `groups`: new ones, with this rank's share of the heads."""
     device: Any = ShapesOnly()
     packing = PackingSizes(binder, device)
-    with torch.device("meta"):
-        buffers = StepBuffers(
-            device, groups, max_tokens=max_tokens, max_positions=max_model_len + SLACK
-        )
-        decoder = Decoder(spec, packing, buffers, PlannedRank(ranks), dtype=dtype)
-        shapes = {slot.name: slot.shape for slot in decoder.slots()}
-        decoder.finish()
-        rows = RowTable(device, num_seqs, max_model_len, [g.spec.block_size for g in groups])
+    buffers = StepBuffers(
+        device, groups, max_tokens=max_tokens, max_positions=max_model_len + SLACK
+    )
+    decoder = Decoder(spec, packing, buffers, PlannedRank(ranks), dtype=dtype)
+    shapes = {slot.name: slot.shape for slot in decoder.slots()}
+    decoder.finish()
+    rows = RowTable(device, num_seqs, max_model_len, [g.spec.block_size for g in groups])
     held = device.held()
     del rows
     assert decoder.embed is not None

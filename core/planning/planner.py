@@ -67,7 +67,7 @@ def plan(facts: ModelFacts, args: EngineArgs, target: Target, context: int | Non
     sequences that batches are planned for. Raises TrimaranError where the platform cannot run it
     in this way at all."""
     settings = _settings(facts, args, target, context)
-    findings = tuple(target.platform.review(_flat(args, settings)))
+    findings = _review(target, _flat(args, settings))
     changes = {one.field: one.value for one in findings if one.kind == "adjust"}
     if changes:
         args = dataclasses.replace(args, **changes)
@@ -103,6 +103,16 @@ def _settings(facts: ModelFacts, args: EngineArgs, target: Target, context: int 
         context=min(length, context or (DEFAULT_CONTEXT if asked is None else length)),
         block_size=args.block_size,
     )
+
+
+def _review(target: Target, flat: dict[str, object]) -> tuple[Finding, ...]:
+    try:
+        return tuple(target.platform.review(flat))
+    except Exception as error:
+        if target.present:
+            raise
+        # Most platforms ask the device itself, which is not here.
+        return (Finding("note", "device", f"not reviewed without the device ({error})"),)
 
 
 def _flat(args: EngineArgs, settings: Settings) -> dict[str, object]:
@@ -410,7 +420,7 @@ class _Planner:
                 batch / many if many else None,
                 "tokens/s",
                 f"{batch} sequences of {context}"
-                + (f": max_num_seqs, of {fits['largest batch'].value:g}" if many else " fit"),
+                + (", as many as max_num_seqs" if batch == settings.num_seqs else " fit"),
             ),
             names[2]: Figure(prefill, "seconds", f"{PREFILL_TOKENS} tokens, alone"),
         }

@@ -150,6 +150,7 @@ class FakeEngine:
         self.end_reason = None  # whatever the tokens say
         self.num_cached = 0
         self.dead = False
+        self.description = {"memory": {"planned": {"weights": 100}, "actual": {"weights": 103}}}
         self.submitted = []
         self.aborted = []
         self.rendered = []

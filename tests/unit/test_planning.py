@@ -1,0 +1,289 @@
+"""`trimaran plan`: counts against published ones, formulas by hand, devices that are described."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from trimaran.cli.plan import build_report, readable_figure
+from trimaran.core.args import EngineArgs
+from trimaran.core.errors import ConfigError, ModelLoadError, PlatformError
+from trimaran.core.planning.memory import activation_bytes
+from trimaran.core.planning.model import AttentionShape, Parameters, read_model
+from trimaran.core.planning.planner import plan
+from trimaran.core.planning.started import describe_memory, differs
+from trimaran.core.planning.targets import Target, find_targets
+from trimaran.platforms.cpu_linear import CpuDensePacker, fbgemm_refusal
+from trimaran.platforms.cpu_roofline import measured_roofline
+from trimaran.platforms.interface import (
+    Capabilities,
+    DeviceSpec,
+    Finding,
+    MemoryInfo,
+    Roofline,
+)
+from trimaran.platforms.strict import StrictPlatform
+
+CONFIGS = Path(__file__).parent.parent / "data" / "configs"
+
+PUBLISHED = {
+    # The element totals of the checkpoints' safetensors, as their model cards show them.
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "mixtral-8x7b": 46_702_792_704,
+    # README_WEIGHTS.md of deepseek-ai/DeepSeek-V3: "671B" without the MTP module.
+    "deepseek-v3": 671_000_000_000,
+}
+ACTIVE = {
+    # Qwen's model card: 3.3B activated; Mistral's announcement of 2023-12-11: 12.9B a token;
+    # DeepSeek-V3's README_WEIGHTS.md: 36.7B.
+    "qwen3-30b-a3b": 3.3e9,
+    "mixtral-8x7b": 12.9e9,
+    "deepseek-v3": 36.7e9,
+}
+KV_ELEMENTS = {
+    "llama-3.1-8b": 2 * 8 * 128 * 32,
+    "llama-3.1-70b": 2 * 8 * 128 * 80,
+    "qwen3-0.6b": 2 * 8 * 128 * 28,
+    "qwen3-8b": 2 * 8 * 128 * 36,
+    "qwen3-30b-a3b": 2 * 4 * 128 * 48,
+    "mixtral-8x7b": 2 * 8 * 128 * 32,
+    "deepseek-v3": (512 + 64) * 61,
+}
+GIB = 2**30
+
+
+class Described(StrictPlatform):
+    """A platform that knows a device which is not here, and has something to say about plans."""
+
+    name = "described"
+
+    @classmethod
+    def known_devices(cls) -> Sequence[DeviceSpec]:
+        line = Roofline(1e12, {"bfloat16": 1e14}, "a made-up data sheet")
+        dtypes = {"float32": "native", "bfloat16": "native"}
+        return (DeviceSpec("toy", "Toy 9000", "t9", 80 * GIB, line, Capabilities(dtypes)),)
+
+    def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
+        if plan["max_num_seqs"] > 100:
+            return (Finding("adjust", "max_num_seqs", "it has a hundred rows", 100),)
+        return ()
+
+
+REFERENCE = f"{__name__}:Described"
+
+
+def args_of(name: str, **more: Any) -> EngineArgs:
+    return EngineArgs(model=str(CONFIGS / f"{name}.json"), **more)
+
+
+def toy() -> Target:
+    return Target.of_described(Described(), Described.known_devices()[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Counts
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_the_published_ones(name: str) -> None:
+    args = args_of(name, dtype="bfloat16")
+    found = plan(read_model(args), args, toy())
+    counted = found.value("parameters", "parameters")
+    assert counted == pytest.approx(PUBLISHED[name], rel=0.001 if "deepseek" in name else 0)
+    assert found.runnable == (name not in ACTIVE)
+    assert found.value("memory", "KV a token") == 2 * KV_ELEMENTS[name]
+    used = found.value("parameters", "used by a token")
+    assert used is not None
+    if name in ACTIVE:
+        # Published ones are rounded, and count the embedding, of which a token reads one row.
+        embedding = found.value("parameters", "embedding") or 0
+        assert used + embedding == pytest.approx(ACTIVE[name], rel=0.025)
+        assert any("not runnable" in note for note in found.notes)
+
+
+def test_a_config_with_code_of_its_own_is_planned_and_none_of_it_is_run() -> None:
+    assert "auto_map" in json.loads((CONFIGS / "deepseek-v3.json").read_text())
+    assert read_model(args_of("deepseek-v3")).spec is None
+
+
+def test_headers_say_what_is_stored_and_a_wrong_config_is_told(tmp_path: Path) -> None:
+    args = EngineArgs(dtype="bfloat16")
+    facts = read_model(args)
+    assert facts.stored is not None and facts.stored.dtypes == ("BF16",)
+    found = plan(facts, args, toy())
+    assert found.value("parameters", "checkpoint") == 2 * facts.stored.elements
+    assert found.value("parameters", "parameters") == facts.stored.elements
+    wrong = EngineArgs(dtype="bfloat16", hf_overrides={"intermediate_size": 768})
+    notes = plan(read_model(wrong), wrong, toy()).notes
+    assert any("will not load" in note for note in notes)
+
+
+def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="nothing is downloaded"):
+        read_model(EngineArgs(model="nobody/nothing"))
+    lone = tmp_path / "odd.json"
+    lone.write_text('{"architectures": ["OddForCausalLM"], "model_type": "odd"}')
+    with pytest.raises(ConfigError, match="model_type='odd'"):
+        read_model(EngineArgs(model=str(lone)))
+    lone.write_text('{"architectures": ["Qwen3ForCausalLM"]}')
+    with pytest.raises(ConfigError, match="lacks the required key"):
+        read_model(EngineArgs(model=str(lone)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Bytes and limits, by hand
+# ---------------------------------------------------------------------------------------------
+
+
+def test_limits_are_those_of_the_formulas() -> None:
+    args = args_of("qwen3-0.6b", dtype="bfloat16", max_num_seqs=32)
+    found = plan(read_model(args), args, toy(), context=512)
+    weights, kv = 2 * 596_049_920, 512 * 114_688
+    one = (weights + kv) / 1e12
+    assert found.value("limits", "decode, batch 1") == pytest.approx(1 / one, rel=1e-3)
+    many = (weights + 32 * kv) / 1e12
+    assert found.value("limits", "decode, largest batch") == pytest.approx(32 / many, rel=1e-3)
+    work = 2 * 440_467_456 * 2048 + 2 * 2048**2 * 16 * 128 * 28
+    assert work == pytest.approx(2.29e12, rel=0.005)  # what the design notes say of this model
+    assert found.value("limits", "prefill of 2048") == pytest.approx(work / 1e14, rel=1e-6)
+
+
+def test_what_fits_is_what_is_left() -> None:
+    args = args_of("llama-3.1-8b", dtype="bfloat16", gpu_memory_utilization=0.5)
+    found = plan(read_model(args), args, toy(), context=8192)
+    held = sum(
+        found.value("memory", name) or 0
+        for name in ("weights", "step buffers", "rows", "activations")
+    )
+    budget = 40 * GIB - held
+    assert found.value("fits", "memory for KV") == pytest.approx(budget, rel=1e-6)
+    assert found.value("fits", "largest batch") == pytest.approx(budget / (8192 * 131072), abs=1)
+
+
+def test_too_large_a_model_is_said_not_to_fit() -> None:
+    args = args_of("deepseek-v3", dtype="bfloat16")
+    found = plan(read_model(args), args, toy())
+    assert found.value("fits", "largest context") == 0
+    assert any("does not fit" in note for note in found.notes)
+    assert found.value("memory", "activations") is None
+
+
+def test_ranks_share_what_is_split() -> None:
+    def weights(ranks: int) -> float:
+        args = args_of("llama-3.1-8b", dtype="bfloat16", tensor_parallel_size=ranks)
+        return plan(read_model(args), args, toy()).value("memory", "matrices") or 0
+
+    assert weights(4) == weights(1) / 4
+
+
+def test_a_platforms_adjustment_is_taken() -> None:
+    args = args_of("qwen3-0.6b", dtype="bfloat16")
+    found = plan(read_model(args), args, toy())
+    assert found.settings["max_num_seqs"] == 100
+    assert [finding.field for finding in found.findings] == ["max_num_seqs"]
+
+
+def test_unknown_memory_and_rates_are_unknown() -> None:
+    target = toy()
+    silent = Target(
+        target.platform, 0, "silent", True, target.capabilities, MemoryInfo(0, 0, {}), None
+    )
+    args = args_of("qwen3-0.6b", dtype="bfloat16")
+    found = plan(read_model(args), args, silent)
+    assert found.value("fits", "largest batch") is None
+    assert found.value("limits", "decode, batch 1") is None
+    other = args_of("qwen3-0.6b", dtype="float32")  # the sheet has no rate of fp32
+    assert any("rate of float32" in note for note in plan(read_model(other), other, toy()).notes)
+
+
+def test_sliding_windows_bound_attention() -> None:
+    full, window = AttentionShape(1, 4, 2), AttentionShape(1, 4, 2, window=10)
+    assert full.prefill_flops(100) == 4 * 100 * 100 / 2
+    assert window.prefill_flops(100) == 4 * (100 * 10 - 10 * 10 / 2)
+
+
+def test_a_batch_touches_more_experts_than_a_token() -> None:
+    one = Parameters(100, 10, 10, False, experts=64, routed=1 / 8)
+    assert one.touched(1) == 1 / 8 and 0.98 < one.touched(32) < 1
+    assert one.active_body == 80 - 56
+
+
+def test_activations_grow_with_tokens_and_logits() -> None:
+    spec = read_model(args_of("qwen3-0.6b")).spec
+    assert spec is not None
+
+    def peak(tokens: int, logits: int) -> int:
+        return activation_bytes(spec, torch.float32, ranks=1, tokens=tokens, logits=logits)
+
+    assert peak(2048, 1) == 2048 * (2 * 1024 + 3 * 3072) * 4
+    assert peak(1, 64) == 1024 * 4 + 64 * 151_936 * 4
+
+
+def test_the_packer_says_what_its_layout_takes() -> None:
+    packer = CpuDensePacker()
+    assert packer.packed_bytes(torch.float32, (64, 64)) is None
+    if not fbgemm_refusal():
+        assert packer.packed_bytes(torch.float16, (5000, 1000)) == 5008 * 1024 * 2
+    packed = packer.pack({"weight": torch.randn(48, 96).half()}, (48, 96))
+    assert packed.extra_bytes == (packer.packed_bytes(torch.float16, (48, 96)) or 0)
+
+
+def test_the_host_measures_itself_quickly() -> None:
+    line = measured_roofline(1)
+    assert 1e8 < line.bandwidth < 1e13
+    assert line.flops.keys() == {"float32", "bfloat16", "float16"}
+    assert all(1e7 < rate < 1e15 for rate in line.flops.values())
+    assert "measured" in line.source
+
+
+# ---------------------------------------------------------------------------------------------
+# Devices and the command
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_device_is_found_by_name_and_none_by_another() -> None:
+    (found,) = find_targets(REFERENCE, "TOY")
+    assert found.title == "Toy 9000" and not found.present
+    with pytest.raises(PlatformError, match="Described: toy"):
+        find_targets(REFERENCE, "nothing")
+    assert len(find_targets("strict")) == 3
+    with pytest.raises(PlatformError, match="no device 7"):
+        find_targets("strict", "7")
+
+
+def test_the_report_is_json_and_one_refusal_spoils_no_other() -> None:
+    report = build_report(args_of("qwen3-0.6b", dtype="bfloat16", platform=REFERENCE), "all")
+    (one,) = json.loads(json.dumps(report))["plans"]
+    figures = [figure for section in one["sections"].values() for figure in section.values()]
+    assert all(figure["unit"] and figure["source"] for figure in figures)
+    odd = build_report(args_of("qwen3-0.6b", dtype="float16", platform=REFERENCE), "toy")
+    assert not odd["plans"] and "float16" in odd["refused"][0]["reason"]
+
+
+def test_figures_are_readable() -> None:
+    assert readable_figure(2**30, "bytes") == "1 GiB"
+    assert readable_figure(None, "bytes") == "unknown"
+    assert readable_figure(4.8e12, "bytes/s") == "4800 GB/s"
+    assert readable_figure(596_049_920, "elements") == "596,049,920"
+
+
+# ---------------------------------------------------------------------------------------------
+# After start
+# ---------------------------------------------------------------------------------------------
+
+
+def test_off_by_more_than_a_twentieth_is_told() -> None:
+    assert not differs(100 << 20, 104 << 20) and differs(100 << 20, 106 << 20)
+    assert not differs(1000, 100_000), "rounding of a tiny model"
+    line = describe_memory({"weights": 2**30}, {"weights": 2**30, "sampler": 1024})
+    assert line == "weights 1 GiB (planned 1 GiB), sampler 1 KiB (not planned)"
