@@ -93,7 +93,8 @@ def _levels(wanted: str | None) -> list[Level]:
     try:
         return [level(name.strip().upper()) for name in wanted.split(",")]
     except KeyError as error:
-        raise SystemExit(f"trimaran conform: error: {error.args[0]}") from None
+        print(f"trimaran conform: error: {error.args[0]}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 class _Watch:

@@ -8,6 +8,7 @@ import json
 import os
 import platform as host
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ TIME_LIMIT = 300.0
 
 MAX_DEATHS = 12  # children of one level that may die before the rest of it is given up
 END_WITHIN = 15.0  # seconds that a child has to end after its last check
-STDERR_SHOWN = 1500  # characters
+STDERR_SHOWN = 3000  # characters
 
 
 class Progress(Protocol):
@@ -193,7 +194,8 @@ class _Child:
             text=True,
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died at once: `messages` says so
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -224,8 +226,9 @@ class _Child:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
         self._lines.put("")
 
     def _end_hung(self, limit: float) -> str:
@@ -236,12 +239,15 @@ class _Child:
 
     def _last_words(self) -> str:
         self._stderr.seek(0)
-        text = self._stderr.read().decode(errors="replace").strip()
-        return f"\n{text[-STDERR_SHOWN:]}" if text else ""
+        text = self._stderr.read().decode(errors="replace")
+        lines = [line for line in text.splitlines() if not line.startswith("Extension modules")]
+        shown = re.sub(r'File ".*?([^/"]+)"', r"\1", "\n".join(lines).strip())
+        return f"\n{shown[-STDERR_SHOWN:]}" if shown else ""
 
     def _kill(self) -> None:
         self._signal(signal.SIGKILL)
         self._process.wait()
+        self._reader.join(END_WITHIN)
         self._stderr.close()
 
     def _signal(self, number: signal.Signals) -> None:

@@ -1,0 +1,559 @@
+"""Platforms with one bug each, and the first level of the kit that must fail them: L0 to L2.
+
+All derive from `strict`, which is right. What is wrong stands in the docstring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from buggy_attention import (
+    CachedExport,
+    ForgottenRegion,
+    HeadsInterleaved,
+    KeysAndValuesSwapped,
+    NoSoftcap,
+    ReadsWholeBlocks,
+    WindowOffByOne,
+    WrongSlot,
+)
+from torch import Tensor
+
+from trimaran.platforms.attention_reference import ReferenceAttention
+from trimaran.platforms.interface import (
+    AttentionImpl,
+    AttentionSpec,
+    Capabilities,
+    Device,
+    Event,
+    Fusion,
+    Graph,
+    KVRegion,
+    OpImpl,
+    OpSignature,
+    PackedWeight,
+    Probe,
+    Support,
+    WeightPacker,
+)
+from trimaran.platforms.ops import DENSE, OPS, chain
+from trimaran.platforms.strict import StrictKnobs, StrictPlatform
+from trimaran.platforms.strict_device import StrictDevice, StrictEvent
+
+LEVELS: dict[str, str] = {}
+"""Class → the first level that must fail it."""
+
+P = TypeVar("P", bound=type)
+
+
+def bug(level: str) -> Callable[[P], P]:
+    def register(cls: P) -> P:
+        LEVELS[cls.__name__] = level
+        return cls
+
+    return register
+
+
+class Quick(StrictPlatform):
+    """Right, and without delay."""
+
+    device_class: ClassVar[type[StrictDevice]] = StrictDevice
+    delay: ClassVar[float] = 0.0
+
+    def __init__(self) -> None:
+        super().__init__(StrictKnobs(delay=self.delay))
+
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        super().open(device).close()
+        return self.device_class(device, self.delay)
+
+
+# ------------------------------------------------------------------------------ L0: what it says
+
+
+@bug("L0")
+class ProbeStartsThread(Quick):
+    """The probe leaves a thread behind, as of a library it initialised."""
+
+    @classmethod
+    def probe(cls) -> Probe:
+        threading.Thread(target=time.sleep, args=(4,), name="driver", daemon=True).start()
+        return super().probe()
+
+
+@bug("L0")
+class ProcessEnvImpure(Quick):
+    """The environment of a worker is another each time."""
+
+    counter = count()
+
+    def process_env(self, rank: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
+        return {"PORT": str(next(self.counter))}
+
+
+@bug("L0")
+class ReviewMutates(Quick):
+    """A plan is adjusted in place."""
+
+    def review(self, plan: Mapping[str, Any]) -> Sequence[Any]:
+        changing: Any = plan
+        changing["max_num_seqs"] = 8
+        return ()
+
+
+@bug("L0")
+class SignatureSetLater(Quick):
+    """A member of another signature, set where the class definition's check cannot see it."""
+
+
+def _step_limits(self: Any, plan: Any, vendor_option: bool = False) -> Any:
+    return StrictPlatform.step_limits(self, plan)
+
+
+SignatureSetLater.step_limits = _step_limits  # type: ignore[method-assign]
+
+
+@bug("L0")
+class UnknownDtype(Quick):
+    """It claims a dtype that nobody has."""
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(super().capabilities(device), dtypes={"float23": "native"})
+
+
+@bug("L0")
+class OpensAnything(Quick):
+    """A device that does not exist is opened as the first one."""
+
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        return super().open(device if device in range(3) else 0)
+
+
+# ------------------------------------------------------------------------------ L0: the device
+
+
+class AlwaysDone(StrictEvent):
+    def done(self) -> bool:
+        return True
+
+
+class AlwaysDoneDevice(StrictDevice):
+    def _enqueue(self, work: Callable[[], None]) -> StrictEvent:
+        event = super()._enqueue(work)
+        event.__class__ = AlwaysDone
+        return event
+
+
+@bug("L0")
+class EventAlwaysDone(Quick):
+    """`done` does not ask the device."""
+
+    device_class, delay = AlwaysDoneDevice, 0.001
+
+
+class SwallowingDevice(StrictDevice):
+    def launch(self, work: Callable[[], None]) -> Event:
+        def guarded() -> None:
+            try:
+                work()
+            except Exception:
+                return
+
+        return super().launch(guarded)
+
+
+@bug("L0")
+class ErrorsSwallowed(Quick):
+    """What a launch raises is never seen."""
+
+    device_class = SwallowingDevice
+
+
+class LateCopyDevice(StrictDevice):
+    def to_device(self, host: Tensor) -> Tensor:
+        target = torch.empty_like(host)
+        if self._inside():
+            return host.clone()
+        self._enqueue(
+            lambda: target.copy_(host) and None if host.numel() == 0 else _into(target, host)
+        )
+        return target
+
+
+def _into(target: Tensor, source: Tensor) -> None:
+    target.copy_(source)
+
+
+@bug("L0")
+class ToDeviceReadsLate(Quick):
+    """The host's tensor is read when the copy runs, not when it is asked for."""
+
+    device_class, delay = LateCopyDevice, 0.001
+
+
+class LateReadDevice(StrictDevice):
+    def to_host(self, tensor: Tensor) -> Tensor:
+        if not self._inside():
+            return super().to_host(tensor)
+        copy = torch.empty_like(tensor)
+        self._host_copies.append((copy, tensor))
+        return copy
+
+
+@bug("L0")
+class ToHostReadsLate(Quick):
+    """A host copy shows what the launch made of the tensor later."""
+
+    device_class = LateReadDevice
+
+
+class SequentialMoves(StrictDevice):
+    def move_blocks(self, regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
+        for region in regions:
+            for source, target in pairs:
+                region.tensor[target] = region.tensor[source]
+
+
+@bug("L0")
+class MovesOneByOne(Quick):
+    """In a chain of moves a block is read after it was written."""
+
+    device_class = SequentialMoves
+
+
+class DirtyKV(StrictDevice):
+    def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return self.alloc(shape, dtype, "kv")
+
+
+@bug("L0")
+class KvNotZeroed(Quick):
+    """KV memory is handed out as it is found."""
+
+    device_class = DirtyKV
+
+
+class OneTag(StrictDevice):
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
+        return super().alloc(shape, dtype, "weights" if tag == "second" else tag)
+
+
+@bug("L0")
+class LedgerForgetsTag(Quick):
+    """Memory under a tag it does not know is entered under another."""
+
+    device_class = OneTag
+
+
+class Keeping(StrictDevice):
+    def account(self, owner: object, size: int, tag: str) -> None:
+        self._kept = [*getattr(self, "_kept", []), owner]
+        super().account(owner, size, tag)
+
+
+@bug("L0")
+class LedgerKeepsOwner(Quick):
+    """What a library held is never given back: the account keeps its owner alive."""
+
+    device_class = Keeping
+
+
+class LeavingDevice(StrictDevice):
+    def close(self) -> None:
+        self._closed = True
+
+
+@bug("L0")
+class CloseLeavesThread(Quick):
+    """A closed device's worker goes on waiting for work."""
+
+    device_class = LeavingDevice
+
+
+class Recording(Graph):
+    """The results of the first run, copied over again."""
+
+    def __init__(self, results: list[tuple[Tensor, Tensor]]) -> None:
+        self._results = results
+
+    def replay(self) -> None:
+        for tensor, value in self._results:
+            tensor.copy_(value)
+
+
+class ReplayingDevice(StrictDevice):
+    def __init__(self, index: int, delay: float) -> None:
+        super().__init__(index, delay)
+        self._allocated: list[Tensor] = []
+
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
+        self._allocated.append(super().alloc(shape, dtype, tag))
+        return self._allocated[-1]
+
+    def capture(self, work: Callable[[], None]) -> Graph | None:
+        work()
+        return Recording([(one, one.clone()) for one in self._allocated[1:]])
+
+
+@bug("L0")
+class ReplaysOldValues(Quick):
+    """A replayed graph gives the results of its capture."""
+
+    device_class = ReplayingDevice
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(super().capabilities(device), graph_replay=True)
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return {}
+
+
+# ------------------------------------------------------------------------------ L1: ops
+
+
+class VendorOp(OpImpl):
+    """The reference, changed by `change`."""
+
+    name = "vendor"
+    priority = 10
+
+    def __init__(self, op: str, call: Callable[..., Any]) -> None:
+        self.op = op
+        self._call = call
+
+    def supports(self, sig: OpSignature) -> Support:
+        return Support.yes("everything")
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+
+class WithOp(Quick):
+    """`call` stands for `op`."""
+
+    op: ClassVar[str]
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        raise NotImplementedError
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return {**super().ops(), self.op: [VendorOp(self.op, type(self).call)]}
+
+
+@bug("L1")
+class SupportsAndRaises(WithOp):
+    """Support is promised for every size, odd ones raise."""
+
+    op = "silu_mul"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        if args[0].shape[-1] % 4:
+            raise RuntimeError("size must be a multiple of 4")
+        return OPS["silu_mul"].reference(*args)
+
+
+@bug("L1")
+class LeavesTheRemainder(WithOp):
+    """The last elements of rows that are no multiple of 16 are not computed."""
+
+    op = "gelu_mul"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        found = OPS["gelu_mul"].reference(*args)
+        found[..., found.shape[-1] // 16 * 16 :] = 0
+        return found
+
+
+@bug("L1")
+class NanSwallowed(WithOp):
+    """Where a NaN is due stands a zero."""
+
+    op = "rms_norm"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        return OPS["rms_norm"].reference(*args).nan_to_num(0.0)
+
+
+@bug("L1")
+class Overrun(WithOp):
+    """One element behind the first operand is written."""
+
+    op = "add"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        a = args[0]
+        a.as_strided((1,), (1,), a.storage_offset() + a.numel()).fill_(0)
+        return OPS["add"].reference(*args)
+
+
+@bug("L1")
+class WorksInPlace(WithOp):
+    """The input is used for the result."""
+
+    op = "gelu_tanh_mul"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        found = OPS["gelu_tanh_mul"].reference(*args)
+        args[0][..., : found.shape[-1]] = found
+        return found
+
+
+@bug("L1")
+class RopeTurnsTheWrongHalf(WithOp):
+    """The sign of the rotation is that of the other half."""
+
+    op = "rope"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        query, key, positions, table = args
+        cos, sin = table.chunk(2, dim=-1)
+        return OPS["rope"].reference(query, key, positions, torch.cat((cos, -sin), dim=-1))
+
+
+@bug("L1")
+class SampleTakesTheLast(WithOp):
+    """Of equal scores the last one wins."""
+
+    op = "sample"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        (scores,) = args
+        return scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
+
+
+class DroppingPacker(WeightPacker):
+    format = DENSE
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+        weight = tensors["weight"].clone()
+        weight[shape[0] // 16 * 16 :] = 0
+        return PackedWeight(DENSE, shape, (weight,))
+
+
+@bug("L1")
+class PackerDropsRows(Quick):
+    """Rows beyond a multiple of 16 are not packed."""
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        return {DENSE: DroppingPacker()}
+
+
+class WithFusion(Quick):
+    composition: ClassVar[tuple[str, ...]] = ("linear", "silu_mul")
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        parts = ("linear", "silu_mul")
+        return chain(parts, [OPS[part].reference for part in parts])(*args)
+
+    def fusions(self) -> Sequence[Fusion]:
+        impl = VendorOp("+".join(self.composition), type(self).call)
+        return (Fusion("vendor", self.composition, impl),)
+
+
+@bug("L1")
+class FusionLeavesTheBias(WithFusion):
+    """A fused op is not its composition: it leaves out the bias."""
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        return WithFusion.call(args[0], args[1], None)
+
+
+@bug("L1")
+class FusionNobodyRuns(WithFusion):
+    """A fused op for a chain that no model asks for."""
+
+    composition = ("rms_norm", "linear")
+
+
+# ------------------------------------------------------------------------------ L1, L2: attention
+
+
+class WithAttention(Quick):
+    impl: ClassVar[type[ReferenceAttention]]
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        return (type(self).impl(),)
+
+
+ATTENTION: tuple[tuple[str, type[ReferenceAttention]], ...] = (
+    ("L1", WrongSlot),
+    ("L1", WindowOffByOne),
+    ("L1", NoSoftcap),
+    ("L1", HeadsInterleaved),
+    ("L1", ReadsWholeBlocks),
+    ("L1", KeysAndValuesSwapped),
+    ("L2", CachedExport),
+    ("L2", ForgottenRegion),
+)
+for _level, _impl in ATTENTION:
+    _name = f"Attention{_impl.__name__}"
+    globals()[_name] = bug(_level)(
+        type(
+            _name,
+            (WithAttention,),
+            {"impl": _impl, "__doc__": _impl.__doc__, "__module__": __name__},
+        )
+    )
+
+
+class OneStagingBuffer(StrictDevice):
+    """Block tables (int32) go through one host buffer, used again before it was read."""
+
+    def to_device(self, host: Tensor) -> Tensor:
+        if host.dtype != torch.int32 or host.dim() != 2 or self._inside():
+            return super().to_device(host)
+        staging = self.__dict__.setdefault("_staging", torch.empty(1 << 16, dtype=torch.int32))
+        staging[: host.numel()] = host.flatten()
+        target = torch.zeros_like(host)
+        self._enqueue(lambda: _into(target, staging[: host.numel()].view(host.shape)))
+        return target
+
+
+@bug("L2")
+class StagingReused(Quick):
+    """Two steps in flight share the memory through which their block tables are copied."""
+
+    device_class, delay = OneStagingBuffer, 0.002
+
+
+LEVELS["buggy_import:ImportPatches"] = "L0"
+
+# ------------------------------------------------------------------------------ isolation
+
+
+class CrashesInAdd(WithOp):
+    """Not in the list: it ends its process."""
+
+    op = "add"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class HangsInAdd(WithOp):
+    """Not in the list: it never returns."""
+
+    op = "add"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        time.sleep(1000)

@@ -1,0 +1,63 @@
+"""The kit fails every platform that has a bug, at the level that is named for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import buggy_platforms
+import pytest
+import torch
+
+from trimaran.conformance import l0_contract
+from trimaran.conformance.base import Subject
+from trimaran.conformance.levels import LEVELS
+from trimaran.conformance.report import FAILED, Outcome
+from trimaran.conformance.worker import Request, answers
+
+BELOW = [level.name for level in LEVELS if level.name < "L3"]
+SEEN_BY_A_PROCESS = ("ProbeStartsThread", "buggy_import:ImportPatches")
+"""Bugs for which a fresh process must be asked; it takes seconds."""
+
+
+def reference(name: str) -> str:
+    return name if ":" in name else f"{buggy_platforms.__name__}:{name}"
+
+
+def first_failure(subject: Subject) -> Outcome | None:
+    """Level by level, as far as the first check that fails."""
+    for level in BELOW:
+        for message in answers(Request(subject, level)):
+            if "outcome" in message:
+                outcome = Outcome(**message["outcome"])
+                if outcome.status == FAILED:
+                    return outcome
+    return None
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.getfixturevalue("name") not in SEEN_BY_A_PROCESS:
+        nothing: dict[str, list[str]] = {"import": [], "probe": []}
+        monkeypatch.setattr(l0_contract, "purity", lambda reference: nothing)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_process")
+@pytest.mark.parametrize("name", buggy_platforms.LEVELS)
+def test_the_kit_finds(name: str) -> None:
+    found = first_failure(Subject(reference(name), quick=True))
+    assert found is not None, f"{name} passes"
+    assert found.level == buggy_platforms.LEVELS[name], f"{found.full_name}: {found.detail}"
+
+
+def test_there_are_enough_of_them_at_each_level() -> None:
+    counts = {level: list(buggy_platforms.LEVELS.values()).count(level) for level in BELOW}
+    assert counts["L0"] >= 12 and counts["L1"] >= 12 and counts["L2"] >= 3, counts
