@@ -114,11 +114,13 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def to_accelerator(host: Tensor, device: torch.device) -> Tensor:
-    """A copy of `host` on `device`, made on the current stream without waiting for it: from pinned
-    memory, which torch keeps until the copy is over, so that `host` may change at once. `host`
-    itself where the device is the host."""
-    if device.type == "cpu":
-        return host
+    """`host` on `device`, without waiting for it; `host` itself where the device is the host."""
+    return host if device.type == "cpu" else upload(host, device)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of `host` on an accelerator, made by the current stream from pinned memory, which
+    torch keeps until the copy is over: `host` may change at once."""
     return pinned_like(host).copy_(host).to(device, non_blocking=True)
 
 

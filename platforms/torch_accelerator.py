@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .host_device import pinned_like, to_accelerator
+from .host_device import pinned_like, upload
 from .interface import (
     Device,
     DeviceLost,
@@ -145,7 +145,7 @@ class TorchAccelerator(Device):
     def to_device(self, host: Tensor) -> Tensor:
         stream = self._compute if self.inside else self._copies
         with self._open(), self._accelerator.stream(stream):
-            return self._kept(to_accelerator(host, self.torch_device))
+            return self._kept(upload(host, self.torch_device))
 
     def to_host(self, tensor: Tensor) -> Tensor:
         with self._open():
@@ -163,7 +163,7 @@ class TorchAccelerator(Device):
         if not pairs:
             return
         with self._open():
-            both = to_accelerator(torch.tensor(pairs, dtype=torch.int64), self.torch_device)
+            both = upload(torch.tensor(pairs, dtype=torch.int64), self.torch_device)
             sources, targets = both.unbind(1)
             for region in regions:
                 region.tensor.index_copy_(0, targets, region.tensor.index_select(0, sources))
