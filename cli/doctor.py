@@ -137,7 +137,10 @@ def _platforms() -> dict[str, str]:
     for candidate in available():
         facts = []
         if candidate.usable and candidate.cls is not None:
-            facts = [f"{key} {value}" for key, value in candidate.cls().describe().items()]
+            try:
+                facts = [f"{key} {value}" for key, value in candidate.cls().describe().items()]
+            except Exception as error:  # a vendor's; the report goes on
+                facts = [f"it cannot describe itself ({type(error).__name__}: {error})"]
         reason = candidate.probe.reason
         state = "usable" if candidate.usable else "not usable"
         found[candidate.name] = "; ".join(one for one in (state, reason, *facts) if one)
