@@ -103,7 +103,7 @@ def level_cell(counts: Mapping[str, int] | None) -> str:
 
 
 def proved(reports: Sequence[Values]) -> Iterator[str]:
-    rows = [
+    rows: list[list[str]] = [
         [
             f"[`{one['platform']}`](conformance/{one['file']})",
             one["origin"],
@@ -113,6 +113,10 @@ def proved(reports: Sequence[Values]) -> Iterator[str]:
         ]
         for one in reports
     ]
+    known = {one["platform"] for one in reports}
+    for name in (hull.partition(":")[0] for hull in HULLS):
+        if name not in known:
+            rows.append([f"`{name}`", "trimaran", "-", *["not run"] * len(LEVELS), "no report yet"])
     yield from table(("platform", "from", "engine", *LEVELS, "result"), rows)
 
 
@@ -183,7 +187,7 @@ def ops(reports: Sequence[Values]) -> Iterator[str]:
 
 
 def render(reports: Sequence[Values], described: Sequence[tuple[str, Any]]) -> str:
-    lines = [HEAD, "## Platforms with a report", "", *proved(reports)]
+    lines = [HEAD, "## Platforms and their reports", "", *proved(reports)]
     if reasons := list(skips(reports)):
         lines += ["", *reasons]
     lines += ["", "## Devices", "", *devices(reports, described)]

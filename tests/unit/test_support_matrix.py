@@ -95,6 +95,7 @@ def test_levels_skips_devices_and_ops_are_shown(matrix: ModuleType, tmp_path: Pa
     text = matrix.render(matrix.read_reports(written(tmp_path, report()), "0.2"), [("cuda", H200)])
     assert "| 4 passed | 7 passed, 2 skipped | not run |" in text and "| conforms |" in text
     assert "0.1.0, API 0.2" in text
+    assert "| `cuda` | trimaran | - | not run |" in text and "no report yet" in text
     assert "- `acme` L1, 2 skipped: no such fusion" in text
     assert "| one | float32, bfloat16 (emulated) | float32 | - | dense | no | 1 | [report]" in text
     assert "| sm_90 | bfloat16 | - | ocp | dense | yes | 0 | described only" in text
