@@ -17,20 +17,24 @@ NO_TOKEN_LEFT = "allowed_token_ids, bad_words and min_tokens together leave no t
 MAX_FAILED_STEPS = 8
 MIN_FAILED_PROMPTS = 3
 """So many steps that failed in a row, of so many prompts, are not the fault of a request."""
+MAX_FAILED_NOTICES = 32
+"""Nor are so many in a row that only told the runner something."""
 
 
 class FailureStreak:
     """Failed steps without a good one in between, and what they were about. Steps that only tell
-    the runner something count neither way: they may not even touch the device."""
+    the runner something are counted by themselves: they may not even touch the device."""
 
     def __init__(self) -> None:
         self.num_steps = 0
+        self.num_notices = 0
         self._prompts: set[bytes] = set()
 
     @property
     def hopeless(self) -> bool:
         """Rather the device is broken: steps of any request would fail."""
-        return self.num_steps >= MAX_FAILED_STEPS and len(self._prompts) >= MIN_FAILED_PROMPTS
+        several = self.num_steps >= MAX_FAILED_STEPS and len(self._prompts) >= MIN_FAILED_PROMPTS
+        return several or self.num_notices >= MAX_FAILED_NOTICES
 
     def add(self, prompts: set[bytes]) -> None:
         """A step failed, and with it these prompts: none if they had ended before."""
@@ -38,7 +42,7 @@ class FailureStreak:
         self._prompts |= prompts
 
     def end(self) -> None:
-        self.num_steps = 0
+        self.num_steps = self.num_notices = 0
         self._prompts.clear()
 
 
@@ -62,13 +66,15 @@ class Settlement:
             self._take_rows_with_extras(step, output, beams)
         else:
             self._take_rows(step, output)
-        if output.error is None and step.requests:
+        if not step.requests:
+            self._streak.num_notices = self._streak.num_notices + 1 if output.error else 0
+        elif output.error is None:
             self._streak.end()
         self._kv.end_step(step.plan.step_id)
         if self._streak.hopeless:
             raise EngineDeadError(
-                f"{self._streak.num_steps} steps in a row failed, of different requests: the "
-                f"device seems to be broken; at last: {output.error}"
+                f"{max(self._streak.num_steps, self._streak.num_notices)} steps in a row failed, "
+                f"not of one request: the device seems to be broken; at last: {output.error}"
             )
         return beams
 
