@@ -205,13 +205,14 @@ class _Streams(TorchDispatchMode):
 
     def _change(self, func: Any, args: Any, kwargs: Any) -> Any:
         simulator, target = self._simulator, kwargs.get("out", args[0])
+        to_host = func is torch.ops.aten.copy_.default and not simulator.holds(target)
         simulator.queue(lambda: func(*args, **kwargs))
-        if not simulator.holds(target):
-            non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
-            if non_blocking:
-                poison(target)
-            else:
-                simulator.current.synchronize()
+        if not to_host:
+            simulator.adopt(target)
+        elif len(args) > 2 and args[2]:  # non_blocking
+            poison(target)
+        else:
+            simulator.current.synchronize()
         return target
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
