@@ -22,6 +22,7 @@ COMMANDS = {
     "conform": "Prove a platform: its contract, its ops, engines and servers on it.",
     "platforms": "What hardware is here, what was chosen, and why not the rest.",
     "plan": "What a model needs and how fast it can be, before anything is loaded.",
+    "verify": "Whether two platforms give the same tokens, and where their layers part.",
     "doctor": "A report on the environment.",
 }
 
