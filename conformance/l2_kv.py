@@ -12,12 +12,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..core.errors import PlatformError
 from ..core.ops import OpBinder
 from ..platforms.attention_reference import attend
 from ..platforms.interface import AttentionBatch, AttentionImpl, AttentionSpec, Device, Event
 from ..platforms.ops import Tolerance
 from .attention_specs import dtypes, kv_dtypes, spec_for
-from .base import Check, Failed, Subject
+from .base import Check, Failed, Skipped, Subject
 from .compare import difference
 from .l1_attention import implementation, slot_dtype
 from .lab import opened
@@ -80,15 +81,28 @@ def checks(subject: Subject) -> list[Check]:
     platform = subject.platform()
     kept = kv_dtypes(platform, subject.device)
     found = []
-    for number, dtype in enumerate(d for d in dtypes(platform, subject.device) if d in kept):
+    for number, dtype in enumerate(dtypes(platform, subject.device)):
+        cached = dtype if dtype in kept or not kept else kept[0]
         for shape in SHAPES[: 1 if number or subject.quick else None]:
-            spec = spec_for(subject, shape, dtype, dtype, number)
-            name = OpBinder(platform).attention(spec).name
-            run = partial(check_programs, subject, name, spec)
-            about = "Random KV programs against a dict."
-            kind = str(dtype).removeprefix("torch.")
-            found.append(Check(f"programs/{shape}/{kind}/{name}", run, about=about))
+            spec = spec_for(subject, shape, dtype, cached, number)
+            at = f"programs/{shape}/{str(dtype).removeprefix('torch.')}"
+            found.append(_check(subject, OpBinder(platform), at, spec))
     return found
+
+
+def _check(subject: Subject, binder: OpBinder, at: str, spec: AttentionSpec) -> Check:
+    """With the implementation that an engine would take. Where there is none, `L1` says whether
+    there has to be one."""
+    try:
+        name = binder.attention(spec).name
+    except PlatformError as error:
+        return Check(at, partial(_skip, str(error)), required=False)
+    run = partial(check_programs, subject, name, spec)
+    return Check(f"{at}/{name}", run, about="Random KV programs against a dict.")
+
+
+def _skip(reason: str) -> None:
+    raise Skipped(reason)
 
 
 def check_programs(subject: Subject, name: str, spec: AttentionSpec) -> None:

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from typing import Any, ClassVar, TypeVar
@@ -48,15 +49,15 @@ from trimaran.platforms.ops import DENSE, OPS, chain
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 from trimaran.platforms.strict_device import StrictDevice, StrictEvent
 
-LEVELS: dict[str, str] = {}
-"""Class → the first level that must fail it."""
+FOUND_BY: dict[str, str] = {}
+"""Class → the level that must be the first to fail it, and the beginning of the check's name."""
 
 P = TypeVar("P", bound=type)
 
 
-def bug(level: str) -> Callable[[P], P]:
+def bug(found_by: str) -> Callable[[P], P]:
     def register(cls: P) -> P:
-        LEVELS[cls.__name__] = level
+        FOUND_BY[cls.__name__] = found_by
         return cls
 
     return register
@@ -79,7 +80,7 @@ class Quick(StrictPlatform):
 # ------------------------------------------------------------------------------ L0: what it says
 
 
-@bug("L0")
+@bug("L0/probe")
 class ProbeStartsThread(Quick):
     """The probe leaves a thread behind, as of a library it initialised."""
 
@@ -89,7 +90,7 @@ class ProbeStartsThread(Quick):
         return super().probe()
 
 
-@bug("L0")
+@bug("L0/process_env")
 class ProcessEnvImpure(Quick):
     """The environment of a worker is another each time."""
 
@@ -99,7 +100,7 @@ class ProcessEnvImpure(Quick):
         return {"PORT": str(next(self.counter))}
 
 
-@bug("L0")
+@bug("L0/review")
 class ReviewMutates(Quick):
     """A plan is adjusted in place."""
 
@@ -109,7 +110,7 @@ class ReviewMutates(Quick):
         return ()
 
 
-@bug("L0")
+@bug("L0/class")
 class SignatureSetLater(Quick):
     """A member of another signature, set where the class definition's check cannot see it."""
 
@@ -121,7 +122,7 @@ def _step_limits(self: Any, plan: Any, vendor_option: bool = False) -> Any:
 SignatureSetLater.step_limits = _step_limits  # type: ignore[method-assign]
 
 
-@bug("L0")
+@bug("L0/capabilities")
 class UnknownDtype(Quick):
     """It claims a dtype that nobody has."""
 
@@ -129,7 +130,7 @@ class UnknownDtype(Quick):
         return dataclasses.replace(super().capabilities(device), dtypes={"float23": "native"})
 
 
-@bug("L0")
+@bug("L0/device/open")
 class OpensAnything(Quick):
     """A device that does not exist is opened as the first one."""
 
@@ -152,7 +153,7 @@ class AlwaysDoneDevice(StrictDevice):
         return event
 
 
-@bug("L0")
+@bug("L0/device/events")
 class EventAlwaysDone(Quick):
     """`done` does not ask the device."""
 
@@ -170,7 +171,7 @@ class SwallowingDevice(StrictDevice):
         return super().launch(guarded)
 
 
-@bug("L0")
+@bug("L0/device/errors")
 class ErrorsSwallowed(Quick):
     """What a launch raises is never seen."""
 
@@ -192,7 +193,7 @@ def _into(target: Tensor, source: Tensor) -> None:
     target.copy_(source)
 
 
-@bug("L0")
+@bug("L0/device/to_device")
 class ToDeviceReadsLate(Quick):
     """The host's tensor is read when the copy runs, not when it is asked for."""
 
@@ -208,7 +209,7 @@ class LateReadDevice(StrictDevice):
         return copy
 
 
-@bug("L0")
+@bug("L0/device/to_host")
 class ToHostReadsLate(Quick):
     """A host copy shows what the launch made of the tensor later."""
 
@@ -222,7 +223,7 @@ class SequentialMoves(StrictDevice):
                 region.tensor[target] = region.tensor[source]
 
 
-@bug("L0")
+@bug("L0/device/move_blocks")
 class MovesOneByOne(Quick):
     """In a chain of moves a block is read after it was written."""
 
@@ -234,7 +235,7 @@ class DirtyKV(StrictDevice):
         return self.alloc(shape, dtype, "kv")
 
 
-@bug("L0")
+@bug("L0/device/alloc_kv")
 class KvNotZeroed(Quick):
     """KV memory is handed out as it is found."""
 
@@ -246,7 +247,7 @@ class OneTag(StrictDevice):
         return super().alloc(shape, dtype, "weights" if tag == "second" else tag)
 
 
-@bug("L0")
+@bug("L0/device/memory")
 class LedgerForgetsTag(Quick):
     """Memory under a tag it does not know is entered under another."""
 
@@ -259,7 +260,7 @@ class Keeping(StrictDevice):
         super().account(owner, size, tag)
 
 
-@bug("L0")
+@bug("L0/device/memory")
 class LedgerKeepsOwner(Quick):
     """What a library held is never given back: the account keeps its owner alive."""
 
@@ -292,18 +293,20 @@ class Recording(Graph):
 class ReplayingDevice(StrictDevice):
     def __init__(self, index: int, delay: float) -> None:
         super().__init__(index, delay)
-        self._allocated: list[Tensor] = []
+        self._allocated: list[weakref.ref[Tensor]] = []
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
-        self._allocated.append(super().alloc(shape, dtype, tag))
-        return self._allocated[-1]
+        tensor = super().alloc(shape, dtype, tag)
+        self._allocated.append(weakref.ref(tensor))
+        return tensor
 
     def capture(self, work: Callable[[], None]) -> Graph | None:
         work()
-        return Recording([(one, one.clone()) for one in self._allocated[1:]])
+        alive = [one for one in (ref() for ref in self._allocated) if one is not None]
+        return Recording([(one, one.clone()) for one in alive[1:]])
 
 
-@bug("L0")
+@bug("L0/device/graph")
 class ReplaysOldValues(Quick):
     """A replayed graph gives the results of its capture."""
 
@@ -311,9 +314,6 @@ class ReplaysOldValues(Quick):
 
     def capabilities(self, device: int = 0) -> Capabilities:
         return dataclasses.replace(super().capabilities(device), graph_replay=True)
-
-    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return {}
 
 
 # ------------------------------------------------------------------------------ L1: ops
@@ -349,7 +349,7 @@ class WithOp(Quick):
         return {**super().ops(), self.op: [VendorOp(self.op, type(self).call)]}
 
 
-@bug("L1")
+@bug("L1/silu_mul")
 class SupportsAndRaises(WithOp):
     """Support is promised for every size, odd ones raise."""
 
@@ -362,7 +362,7 @@ class SupportsAndRaises(WithOp):
         return OPS["silu_mul"].reference(*args)
 
 
-@bug("L1")
+@bug("L1/gelu_mul")
 class LeavesTheRemainder(WithOp):
     """The last elements of rows that are no multiple of 16 are not computed."""
 
@@ -375,7 +375,7 @@ class LeavesTheRemainder(WithOp):
         return found
 
 
-@bug("L1")
+@bug("L1/rms_norm")
 class NanSwallowed(WithOp):
     """Where a NaN is due stands a zero."""
 
@@ -386,7 +386,7 @@ class NanSwallowed(WithOp):
         return OPS["rms_norm"].reference(*args).nan_to_num(0.0)
 
 
-@bug("L1")
+@bug("L1/add")
 class Overrun(WithOp):
     """One element behind the first operand is written."""
 
@@ -399,7 +399,7 @@ class Overrun(WithOp):
         return OPS["add"].reference(*args)
 
 
-@bug("L1")
+@bug("L1/gelu_tanh_mul")
 class WorksInPlace(WithOp):
     """The input is used for the result."""
 
@@ -412,7 +412,7 @@ class WorksInPlace(WithOp):
         return found
 
 
-@bug("L1")
+@bug("L1/rope")
 class RopeTurnsTheWrongHalf(WithOp):
     """The sign of the rotation is that of the other half."""
 
@@ -425,7 +425,7 @@ class RopeTurnsTheWrongHalf(WithOp):
         return OPS["rope"].reference(query, key, positions, torch.cat((cos, -sin), dim=-1))
 
 
-@bug("L1")
+@bug("L1/sample")
 class SampleTakesTheLast(WithOp):
     """Of equal scores the last one wins."""
 
@@ -446,7 +446,7 @@ class DroppingPacker(WeightPacker):
         return PackedWeight(DENSE, shape, (weight,))
 
 
-@bug("L1")
+@bug("L1/linear")
 class PackerDropsRows(Quick):
     """Rows beyond a multiple of 16 are not packed."""
 
@@ -467,7 +467,7 @@ class WithFusion(Quick):
         return (Fusion("vendor", self.composition, impl),)
 
 
-@bug("L1")
+@bug("L1/fusion")
 class FusionLeavesTheBias(WithFusion):
     """A fused op is not its composition: it leaves out the bias."""
 
@@ -476,7 +476,7 @@ class FusionLeavesTheBias(WithFusion):
         return WithFusion.call(args[0], args[1], None)
 
 
-@bug("L1")
+@bug("L1/fusion")
 class FusionNobodyRuns(WithFusion):
     """A fused op for a chain that no model asks for."""
 
@@ -494,18 +494,18 @@ class WithAttention(Quick):
 
 
 ATTENTION: tuple[tuple[str, type[ReferenceAttention]], ...] = (
-    ("L1", WrongSlot),
-    ("L1", WindowOffByOne),
-    ("L1", NoSoftcap),
-    ("L1", HeadsInterleaved),
-    ("L1", ReadsWholeBlocks),
-    ("L1", KeysAndValuesSwapped),
-    ("L2", CachedExport),
-    ("L2", ForgottenRegion),
+    ("L1/attention/gqa", WrongSlot),
+    ("L1/attention/window", WindowOffByOne),
+    ("L1/attention/softcap", NoSoftcap),
+    ("L1/attention/gqa", HeadsInterleaved),
+    ("L1/attention/gqa", ReadsWholeBlocks),
+    ("L1/attention/gqa", KeysAndValuesSwapped),
+    ("L2/programs", CachedExport),
+    ("L2/programs", ForgottenRegion),
 )
-for _level, _impl in ATTENTION:
+for _found_by, _impl in ATTENTION:
     _name = f"Attention{_impl.__name__}"
-    globals()[_name] = bug(_level)(
+    globals()[_name] = bug(_found_by)(
         type(
             _name,
             (WithAttention,),
@@ -527,14 +527,14 @@ class OneStagingBuffer(StrictDevice):
         return target
 
 
-@bug("L2")
+@bug("L2/programs")
 class StagingReused(Quick):
     """Two steps in flight share the memory through which their block tables are copied."""
 
     device_class, delay = OneStagingBuffer, 0.002
 
 
-LEVELS["buggy_import:ImportPatches"] = "L0"
+FOUND_BY["buggy_import:ImportPatches"] = "L0/import"
 
 # ------------------------------------------------------------------------------ isolation
 
