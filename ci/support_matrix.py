@@ -177,12 +177,29 @@ def op_cell(by_dtype: Mapping[str, str]) -> str:
     return ", ".join(f"{name} ({', '.join(dtypes)})" for name, dtypes in chosen.items())
 
 
+def passed(report: Values, pattern: str) -> str:
+    """The names that `pattern`'s group finds in the checks of L1, those with no failed check."""
+    found: dict[str, bool] = {}
+    for one in report["outcomes"]:
+        if one["level"] == "L1" and (match := re.fullmatch(pattern, one["name"])):
+            found[match[1]] = found.get(match[1], True) and one["status"] != "failed"
+    return ", ".join(name for name, ok in found.items() if ok) or "-"
+
+
+# What the kit runs every implementation of, and its report does not say which one is chosen.
+BESIDE_OPS = {
+    "attention (all that pass)": r"attention/[^/]+/[^/]+/([^/]+)/\w+",
+    "own fusions (all that pass)": r"fusion/([^/]+)/\w+",
+}
+
+
 def ops(reports: Sequence[Values]) -> Iterator[str]:
     names = dict.fromkeys(name for one in reports for name in one["bindings"])
     rows = [
         [f"`{name}`", *(op_cell(one["bindings"].get(name, {"": "-"})) for one in reports)]
         for name in names
     ]
+    rows += [[label, *(passed(one, of) for one in reports)] for label, of in BESIDE_OPS.items()]
     yield from table(("op", *(f"`{one['platform']}`" for one in reports)), rows)
 
 

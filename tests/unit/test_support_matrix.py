@@ -32,10 +32,12 @@ def matrix() -> ModuleType:
     return module
 
 
-def outcome(level: str, status: str, detail: str = "", seconds: float = 1.0) -> dict[str, Any]:
+def outcome(
+    level: str, status: str, detail: str = "", seconds: float = 1.0, name: str = "some/check"
+) -> dict[str, Any]:
     return {
         "level": level,
-        "name": "some/check",
+        "name": name,
         "status": status,
         "detail": detail,
         "case": "",
@@ -106,6 +108,20 @@ def test_a_failure_shows(matrix: ModuleType) -> None:
     failed = {"L0": {"passed": 1, "failed": 2, "skipped": 1}}
     text = matrix.render([report(ok=False, totals=failed) | {"file": "acme.json"}], [])
     assert "| **2 of 4 failed** | not run |" in text and "**does not conform**" in text
+
+
+def test_attention_and_fusions_are_those_that_pass(matrix: ModuleType) -> None:
+    outcomes = [
+        outcome("L1", "passed", name="attention/gqa/float32/paged/programs"),
+        outcome("L1", "skipped", name="attention/gqa/float32 over bfloat16/paged/blocks"),
+        outcome("L1", "passed", name="attention/gqa/float32/broken/write"),
+        outcome("L1", "failed", name="attention/window/float32/broken/programs"),
+        outcome("L1", "passed", name="attention/gqa/float32"),
+        outcome("L1", "passed", name="fusion/acme-mlp/bfloat16"),
+    ]
+    text = matrix.render([report(outcomes=outcomes) | {"file": "acme.json"}], [])
+    assert "| attention (all that pass) | paged |" in text
+    assert "| own fusions (all that pass) | acme-mlp |" in text
 
 
 def test_times_and_the_machine_change_nothing(matrix: ModuleType) -> None:
