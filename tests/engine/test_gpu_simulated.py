@@ -1,4 +1,4 @@
-"""The engine on a simulated GPU: late streams, poison where nothing was waited for; exact tokens."""
+"""The engine on a simulated GPU, whose streams are late: poison where a wait is missing."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class SimulatedGpu(FakeTensorGpu):
         return TorchAccelerator(self.simulator, device, 0, Telemetry, DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3"])
 def test_queued_steps_yield_the_same_tokens(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """A prompt in two chunks and then decoding, all queued before any result is read."""
-    simulator = StreamSimulator(quick=0.0, slow=0.003, limit=64 << 20)
+    simulator = StreamSimulator(quick=0.0, slow=0.05, default=0.0005, limit=64 << 20)
     for module in (executor_module, resolve_module):
         monkeypatch.setattr(module, "make_platform", lambda name: SimulatedGpu(simulator))
     case = next(c for c in greedy_cases(family, 64, 24) if len(c.prompt) == 31)

@@ -104,15 +104,21 @@ class SimGraph:
 class StreamSimulator:
     """What `TorchAccelerator` asks of `torch.cuda`. `limit`: bytes of memory, never given back.
 
-    The first stream made is quick, the others and the default one slow: who does not wait for
-    these reads poison.
+    The first stream made is quick, the others and the default one slow (seconds a piece of work):
+    who does not wait for these reads poison.
     """
 
-    def __init__(self, quick: float = 0.001, slow: float = 0.02, limit: int = 1 << 20) -> None:
+    def __init__(
+        self,
+        quick: float = 0.001,
+        slow: float = 0.02,
+        default: float = 0.02,
+        limit: int = 1 << 20,
+    ) -> None:
         self.limit = limit
         self.recording: list[Callable[[], Any]] | None = None
         self._delays = [slow, quick]
-        self._default = SimStream(slow)
+        self._default = SimStream(default)
         self._thread = threading.local()
         self._storages: dict[int, torch.UntypedStorage] = {}
 
