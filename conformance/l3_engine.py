@@ -119,7 +119,7 @@ def chunked_prefill(subject: Subject) -> Figures:
                 "enable_prefix_caching": False,
                 "block_size": block_size_of(subject),
             }
-            found = _few(subject, model)
+            found = _cases(subject, model)
             ran = judge(subject, Scenario(model, found, settings, shuffled=subject.seed))
             _expect(_num_chunked(ran) > 0, "no prompt was computed in chunks")
     return None

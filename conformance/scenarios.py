@@ -17,7 +17,7 @@ ROUNDED = 1.0
 """In a 16-bit type tokens may differ from those of fp32, but each must be one whose fp32
 log-probability is at most this much below the best one's."""
 
-SHRINK_SECONDS = 10.0
+SHRINK_SECONDS = 8.0
 
 
 @dataclass(frozen=True)
@@ -173,10 +173,10 @@ def _fails(subject: Subject, scenario: Scenario) -> bool:
 
 
 def shrink(
-    scenario: Scenario, fails: Callable[[Scenario], bool], seconds: float = SHRINK_SECONDS
+    scenario: Scenario, fails: Callable[[Scenario], bool], seconds: float | None = None
 ) -> Scenario:
-    """The smallest scenario that still fails, as far as it is found in time."""
-    deadline = time.monotonic() + seconds
+    """The smallest scenario that still fails, as far as it is found in `seconds`."""
+    deadline = time.monotonic() + (SHRINK_SECONDS if seconds is None else seconds)
     shrinking = True
     while shrinking:
         shrinking = False

@@ -188,8 +188,9 @@ class RankGroup:
             self._fail(f"rank {member.rank} of the parallel group ended ({ended})")
 
     def _take(self, member: RankProcess, report: Report) -> None:
-        if report.state == "failed":
-            self._fail(f"rank {member.rank} of the parallel group cannot start: {report.error}")
+        if report.state in ("failed", "lost"):
+            what = "cannot start" if report.state == "failed" else "cannot go on"
+            self._fail(f"rank {member.rank} of the parallel group {what}: {report.error}")
             return
         with self._changed:
             member.reported, member.busy_since = report.step_id, time.monotonic()

@@ -36,7 +36,8 @@ class Boot(msgspec.Struct, frozen=True):
 
 class Report(msgspec.Struct, frozen=True):
     """How a rank fares: `state` is "ready", "step" (that step is over; `error` says how, if not
-    well) or "failed" (the rank ends, for this reason)."""
+    well), or the rank ends for the reason `error`: "failed" (it cannot start) or "lost" (its device
+    is gone)."""
 
     state: str
     step_id: int = -1

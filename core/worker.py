@@ -56,7 +56,7 @@ def _serve(rank: Rank, link: Link) -> None:
         try:
             error = rank.runner.submit(plan).result().error
         except (DeviceLost, EngineDeadError) as gone:
-            link.send(Report("step", plan.step_id, str(gone)))
+            link.send(Report("lost", plan.step_id, str(gone)))
             raise
         link.send(Report("step", plan.step_id, error))
 

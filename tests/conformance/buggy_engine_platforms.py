@@ -1,0 +1,302 @@
+"""Platforms with one bug each that no op and no block move shows: each works alone, in small steps
+or in one process, and fails where an engine, a group or a server needs it."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimaran.platforms.attention_reference import ReferenceAttention
+from trimaran.platforms.communicator import GlooCommunicator
+from trimaran.platforms.cpu import CpuPlatform
+from trimaran.platforms.host_device import FinishedEvent, HostDevice
+from trimaran.platforms.interface import (
+    AttentionBatch,
+    AttentionImpl,
+    AttentionSpec,
+    Communicator,
+    Device,
+    DeviceLost,
+    DeviceOutOfMemory,
+    Event,
+    GroupSpec,
+    LayerKV,
+)
+
+# ---------------------------------------------------------------------------------------------
+# Engines
+# ---------------------------------------------------------------------------------------------
+
+
+class WithAttention(CpuPlatform):
+    impl: type[AttentionImpl] = ReferenceAttention
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        return (self.impl(),)
+
+
+class StaleTables(ReferenceAttention):
+    """Where every sequence has grown by one token, the block tables of the step before are taken:
+    the block that one of them was given meanwhile is not in them."""
+
+    def __init__(self) -> None:
+        self._lengths: list[int] = []
+        self._tables: Tensor | None = None
+
+    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> AttentionBatch:
+        grown = batch.seq_lens == [length + 1 for length in self._lengths]
+        if not grown or self._tables is None or len(self._lengths) < 3:
+            self._tables = batch.block_tables.clone()
+        self._lengths = list(batch.seq_lens)
+        return AttentionBatch(batch.query_starts, batch.seq_lens, self._tables, batch.slots)
+
+
+class FewSequences(ReferenceAttention):
+    """The grid has room for six sequences; the seventh reads what the sixth reads."""
+
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Any) -> Tensor:
+        tables = metadata.block_tables
+        if len(metadata.seq_lens) > 6:
+            tables = tables.clone()
+            tables[6:] = tables[5]
+        batch = AttentionBatch(metadata.query_starts, metadata.seq_lens, tables, metadata.slots)
+        return super().run(query, kv, spec, batch)
+
+
+class LongDecode(ReferenceAttention):
+    """Decoding splits the keys beyond 150 off, and forgets to add them."""
+
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Any) -> Tensor:
+        starts, lengths = metadata.query_starts, list(metadata.seq_lens)
+        for i, length in enumerate(lengths):
+            if starts[i + 1] - starts[i] == 1 and length > 150:
+                lengths[i] = 150
+        batch = AttentionBatch(starts, lengths, metadata.block_tables, metadata.slots)
+        return super().run(query, kv, spec, batch)
+
+
+class StaleTablesPlatform(WithAttention):
+    impl = StaleTables
+
+
+class FewSequencesPlatform(WithAttention):
+    impl = FewSequences
+
+
+class LongDecodePlatform(WithAttention):
+    impl = LongDecode
+
+
+# ---------------------------------------------------------------------------------------------
+# Groups
+# ---------------------------------------------------------------------------------------------
+
+
+class TwoRanksOnly(GlooCommunicator):
+    """The sum of the first two members, on all of them."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        parts = super().all_gather(tensor.unsqueeze(0), 0)
+        return tensor.copy_(parts[:2].sum(0))
+
+
+class OwnFirst(GlooCommunicator):
+    """Each member finds its own part first."""
+
+    def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
+        parts = list(super().all_gather(tensor, dim).split(tensor.shape[dim], dim))
+        return torch.cat(parts[self.rank :] + parts[: self.rank], dim)
+
+
+class HalfTheBits(GlooCommunicator):
+    """Everything travels as bfloat16."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        return tensor.copy_(super().all_reduce(tensor.to(torch.bfloat16)))
+
+
+class NobodyIsMissing(GlooCommunicator):
+    """A collective that fails is taken for one of this member alone."""
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        try:
+            return super().all_reduce(tensor)
+        except RuntimeError:
+            return tensor
+
+
+class WithCommunicator(CpuPlatform):
+    of_a_group: Callable[[GroupSpec], Communicator]
+
+    def communicator(self, group: GroupSpec, device: Device) -> Communicator:
+        if group.size == 1:
+            return super().communicator(group, device)
+        return type(self).of_a_group(group)
+
+
+class TwoRanksOnlyPlatform(WithCommunicator):
+    of_a_group = TwoRanksOnly
+
+
+class OwnFirstPlatform(WithCommunicator):
+    of_a_group = OwnFirst
+
+
+class HalfTheBitsPlatform(WithCommunicator):
+    of_a_group = HalfTheBits
+
+
+class NobodyIsMissingPlatform(WithCommunicator):
+    of_a_group = NobodyIsMissing
+
+
+# ---------------------------------------------------------------------------------------------
+# Serving
+# ---------------------------------------------------------------------------------------------
+
+
+LARGE = 5 << 20  # bytes of one layer's cache: those of engines are larger
+
+
+class WithDevice(CpuPlatform):
+    device: type[HostDevice] = HostDevice
+
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        super().open(device, num_threads)
+        return self.device()
+
+
+class KeepsCaches(HostDevice):
+    """Large caches go back to a pool that nobody takes them from."""
+
+    pool: list[Tensor] = []
+
+    def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        cache = super().alloc_kv(shape, dtype)
+        if cache.nbytes > LARGE:
+            self.pool.append(cache)
+        return cache
+
+
+class ThreadsStay(HostDevice):
+    """A device that holds a large cache has a thread beside, which nothing ends."""
+
+    def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        cache = super().alloc_kv(shape, dtype)
+        if cache.nbytes > LARGE:
+            forever = threading.Lock()
+            forever.acquire()
+            _thread.start_new_thread(forever.acquire, ())
+        return cache
+
+
+class LosesMemory(HostDevice):
+    """Each launch has an argument buffer, and all of them are kept."""
+
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self._arguments: list[Tensor] = []
+
+    def launch(self, work: Callable[[], None]) -> Event:
+        self._arguments.append(torch.ones(1 << 15))
+        return super().launch(work)
+
+
+class LossIsAnError(HostDevice):
+    """Every failure of a launch is told as one of its kernels."""
+
+    def launch(self, work: Callable[[], None]) -> Event:
+        try:
+            super().launch(work).wait()
+        except DeviceLost as error:
+            return FinishedEvent(RuntimeError(f"launch failed: {error}"))
+        except Exception as error:
+            return FinishedEvent(error)
+        return FinishedEvent()
+
+
+class StickyError(HostDevice):
+    """After a launch that ran out of memory all others fail as well."""
+
+    error: Exception | None = None
+
+    def launch(self, work: Callable[[], None]) -> Event:
+        if self.error is not None:
+            return FinishedEvent(self.error)
+        event = super().launch(work)
+        try:
+            event.wait()
+        except DeviceOutOfMemory as error:
+            self.error = error
+        except Exception:
+            return event
+        return event
+
+
+class NeverEnds(Event):
+    def done(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        threading.Event().wait()
+
+
+class LossHangs(HostDevice):
+    """The event of a launch on a lost device is never reached."""
+
+    def launch(self, work: Callable[[], None]) -> Event:
+        event = super().launch(work)
+        try:
+            event.wait()
+        except DeviceLost:
+            return NeverEnds()
+        except Exception:
+            return event
+        return event
+
+
+class KeepsCachesPlatform(WithDevice):
+    device = KeepsCaches
+
+
+class ThreadsStayPlatform(WithDevice):
+    device = ThreadsStay
+
+
+class LosesMemoryPlatform(WithDevice):
+    device = LosesMemory
+
+
+class LossIsAnErrorPlatform(WithDevice):
+    device = LossIsAnError
+
+
+class StickyErrorPlatform(WithDevice):
+    device = StickyError
+
+
+class LossHangsPlatform(WithDevice):
+    device = LossHangs
+
+
+BUGS: Mapping[str, tuple[str, str]] = {
+    "StaleTablesPlatform": ("L3", "models"),
+    "FewSequencesPlatform": ("L3", "batches"),
+    "LongDecodePlatform": ("L3", "step_limits"),
+    "TwoRanksOnlyPlatform": ("L4", "collectives/4"),
+    "OwnFirstPlatform": ("L4", "collectives/4"),
+    "HalfTheBitsPlatform": ("L4", "collectives/4"),
+    "NobodyIsMissingPlatform": ("L4", "missing_member"),
+    "KeepsCachesPlatform": ("L5", "open_close"),
+    "ThreadsStayPlatform": ("L5", "open_close"),
+    "LosesMemoryPlatform": ("L5", "steady"),
+    "LossIsAnErrorPlatform": ("L5", "device_lost/event"),
+    "StickyErrorPlatform": ("L5", "failed_step"),
+    "LossHangsPlatform": ("L5", "device_lost/event"),
+}
+"""Platform → the first level that fails, and the check of it that is run in the tests."""
