@@ -32,7 +32,7 @@ class SimulatedGpu(FakeTensorGpu):
 @pytest.mark.parametrize("family", ["qwen3"])
 def test_queued_steps_yield_the_same_tokens(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     """A prompt in two chunks and then decoding, all queued before any result is read."""
-    simulator = StreamSimulator(quick=0.0, slow=0.05, default=0.0005, limit=64 << 20)
+    simulator = StreamSimulator(quick=0.0, slow=0.003, default=0.003, limit=64 << 20)
     for module in (executor_module, resolve_module):
         monkeypatch.setattr(module, "make_platform", lambda name: SimulatedGpu(simulator))
     case = next(c for c in greedy_cases(family, 64, 24) if len(c.prompt) == 31)
