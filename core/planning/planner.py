@@ -5,24 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from ...platforms.interface import Finding
 from ..args import EngineArgs, parse_size
-from ..dtypes import choose_dtype, choose_kv_dtype, dtype_name
-from ..errors import ConfigError, PlatformError
+from ..dtypes import dtype_name
+from ..errors import PlatformError
 from ..models.spec import DecoderSpec, LayerGroup
 from ..models.step import StepGroup, slot_dtype
 from ..ops import OpBinder
-from ..resolve import DEVICE_BATCHED_TOKENS, DEVICE_SEQS, HOST_BATCHED_TOKENS, HOST_SEQS
 from ..sizing import GroupSize, default_budget, longest_that_fits, measure_groups, sequence_bytes
 from .limits import PREFILL_TOKENS, Load
 from .memory import RankMemory, activation_bytes, rank_memory
 from .model import ModelFacts, Parameters
 from .report import BYTES, TOKENS, Figure, Plan, Section
+from .settings import Settings, choose_settings, review
 from .targets import Target
 
 NOT_COUNTED = (
@@ -31,96 +28,21 @@ NOT_COUNTED = (
 )
 FIXED = ("weights", "step buffers", "rows", "activations")
 """What is held beside the KV cache, whatever its size."""
-DEFAULT_CONTEXT = 4096
 BLOCK = 32
 UNBOUNDED = 1 << 40
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What the engine would run with: `resolve`'s defaults, without opening or refusing
-    anything. Lengths in tokens; `context`: of the sequences that batches are planned for."""
-
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-    ranks: int
-    max_model_len: int
-    num_seqs: int
-    batched_tokens: int
-    context: int
-    block_size: int | None
-
-    def named(self) -> dict[str, object]:
-        return {
-            "dtype": dtype_name(self.dtype),
-            "kv_cache_dtype": dtype_name(self.kv_dtype),
-            "tensor_parallel_size": self.ranks,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.num_seqs,
-            "max_num_batched_tokens": self.batched_tokens,
-            "block_size": self.block_size,
-        }
 
 
 def plan(facts: ModelFacts, args: EngineArgs, target: Target, context: int | None = None) -> Plan:
     """What `facts` needs on `target` with `args`, and what it can give; `context`: tokens of the
     sequences that batches are planned for. Raises TrimaranError where the platform cannot run it
     in this way at all."""
-    settings = _settings(facts, args, target, context)
-    findings = _review(target, _flat(args, settings))
+    settings = choose_settings(facts, args, target, context)
+    findings = review(args, settings, target)
     changes = {one.field: one.value for one in findings if one.kind == "adjust"}
     if changes:
         args = dataclasses.replace(args, **changes)
-        settings = _settings(facts, args, target, context)
+        settings = choose_settings(facts, args, target, context)
     return _Planner(facts, args, target, settings, findings).plan()
-
-
-def _settings(facts: ModelFacts, args: EngineArgs, target: Target, context: int | None) -> Settings:
-    known, name = target.capabilities, target.platform.name
-    dtype = choose_dtype(args.dtype, facts.config, known, name)
-    on_host = known.unified_memory
-    asked = args.max_model_len
-    length = facts.max_positions if asked in (None, "auto") else parse_size(asked, "max_model_len")
-    if length > facts.max_positions:
-        raise ConfigError(
-            f"max_model_len is {length}, but the model has {facts.max_positions} positions.",
-            param="max_model_len",
-        )
-    seqs = args.max_num_seqs or (HOST_SEQS if on_host else DEVICE_SEQS)
-    tokens = args.max_num_batched_tokens or max(
-        HOST_BATCHED_TOKENS if on_host else DEVICE_BATCHED_TOKENS,
-        seqs,
-        0 if args.enable_chunked_prefill else length,
-    )
-    limit = target.platform.step_limits(dataclasses.asdict(args)).max_tokens
-    return Settings(
-        dtype=dtype,
-        kv_dtype=choose_kv_dtype(args.kv_cache_dtype, dtype, known, name),
-        ranks=args.tensor_parallel_size,
-        max_model_len=length,
-        num_seqs=seqs,
-        batched_tokens=min(tokens, limit or tokens),
-        context=min(length, context or (DEFAULT_CONTEXT if asked is None else length)),
-        block_size=args.block_size,
-    )
-
-
-def _review(target: Target, flat: dict[str, object]) -> tuple[Finding, ...]:
-    try:
-        return tuple(target.platform.review(flat))
-    except Exception as error:
-        if target.present:
-            raise
-        # Most platforms ask the device itself, which is not here.
-        return (Finding("note", "device", f"not reviewed without the device ({error})"),)
-
-
-def _flat(args: EngineArgs, settings: Settings) -> dict[str, object]:
-    """As `resolve.flat_plan` asks a platform about a resolved configuration."""
-    named = settings.named()
-    if settings.block_size is None:
-        named.pop("block_size")
-    return dataclasses.asdict(args) | named
 
 
 class _Planner:
