@@ -31,6 +31,15 @@ def expect(held: object, otherwise: str, *, case: str = "", seed: int | None = N
         raise Failed(otherwise, case=case, seed=seed)
 
 
+def expect_raises(kind: type[Exception], call: Callable[[], object], otherwise: str) -> None:
+    """Raise `Failed(otherwise)` unless `call` raises `kind`."""
+    try:
+        call()
+    except kind:
+        return
+    raise Failed(otherwise)
+
+
 class Skipped(Exception):
     """A check does not apply here, and why. Required checks may not be skipped."""
 

@@ -42,6 +42,17 @@ def fetch(device: Device, *tensors: Tensor) -> list[Tensor]:
     return on_device(device, lambda: [device.to_host(tensor) for tensor in tensors])
 
 
+def equal(found: Tensor, expected: Tensor) -> bool:
+    return found.shape == expected.shape and bool(torch.equal(found, expected))
+
+
+def adding_one(tensor: Tensor) -> Callable[[], None]:
+    def work() -> None:
+        tensor.add_(1)
+
+    return work
+
+
 def to_host_all(device: Device, value: Any) -> Any:
     """Inside a launch: `value` with its tensors (in tuples and lists, too) copied to the host."""
     if isinstance(value, Tensor):
