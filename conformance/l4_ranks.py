@@ -1,16 +1,18 @@
-"""L4: groups of two to four processes: collectives, and a tensor-parallel engine."""
+"""L4: groups of two to four processes: collectives, and a tensor-parallel engine.
+
+The processes find a platform named `module:Class` where Python looks for modules by itself:
+installed, or on PYTHONPATH, which the kit sets for its own children.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
@@ -120,7 +122,7 @@ def _run_members(subject: Subject, size: int, program: str, timeout: float) -> l
     """One process a member, as the engine starts its ranks; what each of them answered."""
     platform = subject.platform()
     plan = {"tensor_parallel_size": size, "num_threads": 1}
-    with children_import_alike(), tempfile.TemporaryDirectory(prefix="trimaran-conform-") as where:
+    with tempfile.TemporaryDirectory(prefix="trimaran-conform-") as where:
         members = []
         for rank in range(size):
             asked = MemberRequest(
@@ -162,20 +164,6 @@ def _answer(rank: int, member: subprocess.Popen[str], limit: float) -> Answer:
     return Answer(**json.loads(out))
 
 
-@contextmanager
-def children_import_alike() -> Iterator[None]:
-    """Processes that are started meanwhile find the modules that this one finds."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
-
-
 # ---------------------------------------------------------------------------------------------
 # Engines
 # ---------------------------------------------------------------------------------------------
@@ -188,11 +176,10 @@ def tensor_parallel(subject: Subject, size: int) -> Figures:
     found = tuple(cases(model, LENGTHS, NUM_TOKENS, subject.seed_of("L4", model)))
     settings = {"max_num_batched_tokens": 48, "max_num_seqs": 8}
     parallel = settings | {"tensor_parallel_size": size}
-    with children_import_alike():
-        judge(subject, Scenario(model, found, parallel, shuffled=subject.seed))
-        if subject.quick or dtype_of(subject) != "float32":
-            return None
-        drawn = [_sampled(subject, model, found, one) for one in (settings, parallel)]
+    judge(subject, Scenario(model, found, parallel, shuffled=subject.seed))
+    if subject.quick or dtype_of(subject) != "float32":
+        return None
+    drawn = [_sampled(subject, model, found, one) for one in (settings, parallel)]
     for name, alone in drawn[0].items():
         if drawn[1][name].tokens != alone.tokens:
             raise Failed(

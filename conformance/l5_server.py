@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 
 from .base import Check, Failed, Skipped, Subject
-from .l4_ranks import children_import_alike
 
 NEEDED = ("fastapi", "msgspec", "uvicorn", "zmq")
 START_SECONDS = 120.0
@@ -179,14 +178,13 @@ class Server:
             "kv-cache-memory-bytes": "64M",
             "engine-restarts": 0,
         }
-        with children_import_alike():
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "trimaran", "serve"]
-                + [f"--{name}={value}" for name, value in flags.items()],
-                stdin=subprocess.DEVNULL,
-                stdout=self.log,
-                stderr=self.log,
-            )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "trimaran", "serve"]
+            + [f"--{name}={value}" for name, value in flags.items()],
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+        )
         atexit.register(self.close)
         self._wait_ready()
 

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from ..core.async_engine import AsyncEngine
-from ..core.engine.messages import AbortRequests, AddRequests
+from ..core.engine.messages import AbortRequests, AddRequests, EngineRequest
 from ..core.errors import EngineDeadError, KVMemoryError
 from ..core.sampling_params import OutputKind, SamplingParams
 from ..platforms.interface import Device, DeviceLost, DeviceOutOfMemory
@@ -89,16 +89,16 @@ def _ask_for_too_much(subject: Subject) -> None:
             ("alloc_kv", lambda: device.alloc_kv((PIECE,), torch.uint8)),
         ):
             try:
-                ask()
-            except DeviceOutOfMemory:
-                pass
+                with suppress(DeviceOutOfMemory):
+                    ask()
+                    raise Failed(f"Device.{name} of 2^50 bytes found room")
             except Exception as error:
+                if isinstance(error, Failed):
+                    raise
                 raise Failed(
                     f"Device.{name} of 2^50 bytes raised {type(error).__name__}, not "
                     f"DeviceOutOfMemory: {error}"
                 ) from error
-            else:
-                raise Failed(f"Device.{name} of 2^50 bytes found room")
             held = sum(device.memory().by_tag.values())
             if held:
                 raise Failed(f"Device.{name} found no room, but {held} bytes are accounted for it")
@@ -169,11 +169,8 @@ def _lose(subject: Subject, where: str) -> Figures:
             _expect_named(error)
         else:
             raise Failed("the device is lost, but the engine goes on")
-        try:
+        with suppress(EngineDeadError):
             session.client.send(AddRequests(_requests(subject, 2)))
-        except EngineDeadError:
-            pass
-        else:
             raise Failed("the engine of a lost device takes requests")
     finally:
         session.close()
@@ -327,7 +324,7 @@ def _cases(subject: Subject) -> list[Case]:
     return cases(MODEL, LENGTHS, NUM_TOKENS, subject.seed_of("L5"))
 
 
-def _requests(subject: Subject, count: int, name: str = "request") -> list:
+def _requests(subject: Subject, count: int, name: str = "request") -> list[EngineRequest]:
     return [request(f"{name} {i}", case.prompt, count) for i, case in enumerate(_cases(subject))]
 
 
@@ -342,6 +339,3 @@ def _expect_right(subject: Subject, session: Session, when: str) -> None:
                 f" not {list(case.tokens)}",
                 seed=subject.seed,
             )
-
-
-__all__ = ["checks"]

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 
 from .. import __version__
+from ..core.env import child_environment
 from ..platforms.api import PLATFORM_API, version_text
 from .base import Level, Subject
 from .report import FAILED, SKIP_BUDGET, Outcome, Report
@@ -190,6 +191,8 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
+            # Ranks and servers that it starts must find the same modules.
+            env=child_environment({"PYTHONPATH": os.pathsep.join(p or os.curdir for p in sys.path)}),
             start_new_session=True,
             text=True,
         )

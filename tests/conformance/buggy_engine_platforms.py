@@ -160,7 +160,7 @@ class NobodyIsMissingPlatform(WithCommunicator):
 # ---------------------------------------------------------------------------------------------
 
 
-LARGE = 5 << 20  # bytes of one layer's cache: those of engines are larger
+LARGE = 1 << 20  # bytes of one layer's cache: those of engines are larger
 
 
 class WithDevice(CpuPlatform):
@@ -178,7 +178,7 @@ class KeepsCaches(HostDevice):
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         cache = super().alloc_kv(shape, dtype)
-        if cache.nbytes > LARGE:
+        if len(shape) > 2 and cache.nbytes > LARGE:
             self.pool.append(cache)
         return cache
 
@@ -188,7 +188,7 @@ class ThreadsStay(HostDevice):
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         cache = super().alloc_kv(shape, dtype)
-        if cache.nbytes > LARGE:
+        if len(shape) > 2 and cache.nbytes > LARGE:
             forever = threading.Lock()
             forever.acquire()
             _thread.start_new_thread(forever.acquire, ())
