@@ -28,7 +28,7 @@ WITHIN = 0.02
 NOISE = 8 << 20
 """Bytes by which a process grows or shrinks whatever is loaded: stacks, arenas, code."""
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def engine_values(directory: Path, **more: Any) -> dict[str, Any]:

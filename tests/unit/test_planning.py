@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,14 @@ import torch
 from trimaran.cli.plan import build_report, readable_figure
 from trimaran.core.args import EngineArgs
 from trimaran.core.errors import ConfigError, ModelLoadError, PlatformError
+from trimaran.core.executor import UniExecutor
 from trimaran.core.planning.memory import activation_bytes
 from trimaran.core.planning.model import AttentionShape, Parameters, read_model
 from trimaran.core.planning.planner import plan
 from trimaran.core.planning.started import describe_memory, differs
 from trimaran.core.planning.targets import Target, find_targets
+from trimaran.core.resolve import resolve
+from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_linear import CpuDensePacker, fbgemm_refusal
 from trimaran.platforms.cpu_roofline import measured_roofline
 from trimaran.platforms.interface import (
@@ -26,7 +30,9 @@ from trimaran.platforms.interface import (
     Finding,
     MemoryInfo,
     Roofline,
+    WeightPacker,
 )
+from trimaran.platforms.ops import DensePacker
 from trimaran.platforms.strict import StrictPlatform
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
@@ -287,3 +293,36 @@ def test_off_by_more_than_a_twentieth_is_told() -> None:
     assert not differs(1000, 100_000), "rounding of a tiny model"
     line = describe_memory({"weights": 2**30}, {"weights": 2**30, "sampler": 1024})
     assert line == "weights 1 GiB (planned 1 GiB), sampler 1 KiB (not planned)"
+
+
+class LyingPacker(DensePacker):
+    """Keeps weights as they are, and says that they double."""
+
+    def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int | None:
+        return 2 * shape[0] * shape[1] * dtype.itemsize
+
+
+class Lying(CpuPlatform):
+    name = "lying"
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        return {"dense": LyingPacker()}
+
+
+@pytest.mark.parametrize(
+    ("platform", "level"),
+    [("cpu", logging.INFO), ("strict", logging.INFO), (f"{__name__}:Lying", logging.WARNING)],
+)
+def test_an_engine_says_what_it_holds_beside_its_plan(
+    platform: str, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = EngineArgs(platform=platform, dtype="float32", max_num_seqs=2, max_model_len="64")
+    with caplog.at_level(logging.INFO, "trimaran.plan"):
+        executor = UniExecutor(resolve(args))
+    found = executor.description["memory"]
+    executor.close()
+    assert [record.levelno for record in caplog.records if record.name == "trimaran.plan"] == [
+        level
+    ]
+    assert found["actual"].keys() == {"weights", "kv", "step", "rows"}
+    assert (found["planned"] == found["actual"]) == (level == logging.INFO)
