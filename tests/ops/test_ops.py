@@ -10,11 +10,13 @@ from torch import Tensor
 
 from trimaran.conformance.cases import CASES, INDEXED, SPECIAL, SPREADS, normal
 from trimaran.platforms.cpu import CpuPlatform
+from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.interface import OpImpl, OpSignature, PackedWeight, Platform, WeightPacker
 from trimaran.platforms.ops import DENSE, OPS, DensePacker, Tolerance
 from trimaran.platforms.strict import StrictPlatform
 
-PLATFORMS: list[type[Platform]] = [CpuPlatform, StrictPlatform]
+# The GPU hulls share their ops, which are torch's and run on the host as well.
+PLATFORMS: list[type[Platform]] = [CpuPlatform, StrictPlatform, CudaPlatform]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOKENS = [1, 3, 33]
 
