@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -73,8 +74,7 @@ def version(text: str) -> str:
 
 
 def main(write: bool) -> int:
-    from trimaran.platforms import interface, ops
-
+    interface, ops = (import_module(f"trimaran.platforms.{name}") for name in ("interface", "ops"))
     found = signatures(interface, ops)
     golden = GOLDEN.read_text(encoding="utf-8") if GOLDEN.exists() else ""
     if found == golden:

@@ -99,16 +99,26 @@ class OpBinder:
         composition = tuple(op for op, _ in parts)
         sizes = {name: size for _, own in parts for name, size in own.items()}
         signature = OpSignature("+".join(composition), dtype, sizes)
+        key = (signature.op, dtype, *sorted(sizes.items()))
+        if key not in self._bound:
+            chosen = self._fused(signature, composition)
+            if chosen is None:
+                calls = [self.bind(op, dtype, **own) for op, own in parts]
+                self._bound[key] = chain(composition, calls)
+            else:
+                self._bound[key] = self._wrap(signature.op, chosen) if self._wrap else chosen
+        return self._bound[key]
+
+    def _fused(self, signature: OpSignature, composition: tuple[str, ...]) -> OpImpl | None:
+        """The platform's own fusion for this use, if it has one."""
         chosen, refused = _first_supporting(
             [one.impl for one in self.platform.fusions() if one.composition == composition],
             lambda impl: impl.supports(signature),
         )
-        if chosen is not None:
-            self._record(Binding(signature.op, signature, chosen.name, refused))
-            return self._wrap(signature.op, chosen) if self._wrap else chosen
-        if refused:
-            self._record(Binding(signature.op, signature, " + ".join(composition), refused))
-        return chain(composition, [self.bind(op, dtype, **own) for op, own in parts])
+        if chosen is not None or refused:
+            name = chosen.name if chosen else " + ".join(composition)
+            self._record(Binding(signature.op, signature, name, refused))
+        return chosen
 
     def attention(self, spec: AttentionSpec) -> AttentionImpl:
         """The attention implementation for `spec`; PlatformError says why there is none."""
