@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .host_device import to_accelerator
 from .interface import AttentionBatch, AttentionSpec
+from .transfers import to_accelerator
 
 SCORES = 1 << 22  # most scores of one group, all heads: in fp32 they should stay in a cache
 PIECE_QUERIES = 64  # fewest queries a piece is cut to: each gathers its keys again

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .host_device import pinned_like, upload
 from .interface import (
     Device,
     DeviceLost,
@@ -28,6 +27,7 @@ from .interface import (
 )
 from .ledger import MemoryLedger
 from .torch_errors import translated
+from .transfers import pinned_like, upload
 
 
 class AcceleratorEvent(Event):

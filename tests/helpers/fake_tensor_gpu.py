@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from trimaran.platforms import host_device, torch_accelerator
+from trimaran.platforms import torch_accelerator, transfers
 from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.gpu_cards import Card, Survey
 from trimaran.platforms.interface import Device, Telemetry
@@ -66,7 +66,7 @@ class FakeTensorGpu(CudaPlatform):
 @contextlib.contextmanager
 def fake_tensors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is made inside has no content; the host's own tensors from outside may be used."""
-    for module in (host_device, torch_accelerator):  # a build without accelerators pins nothing
+    for module in (transfers, torch_accelerator):  # a build without accelerators pins nothing
         monkeypatch.setattr(module, "pinned_like", lambda x: torch.empty_like(x, device="cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield

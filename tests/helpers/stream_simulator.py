@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trimaran.platforms import host_device, torch_accelerator
+from trimaran.platforms import torch_accelerator, transfers
 from trimaran.platforms.strict_device import poison
 
 DEVICE = torch.device("cpu", 0)
@@ -166,7 +166,7 @@ class StreamSimulator:
     @contextlib.contextmanager
     def active(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         """The calling thread's ops go to streams."""
-        for module in (host_device, torch_accelerator):  # a build without accelerators pins nothing
+        for module in (transfers, torch_accelerator):  # a build without accelerators pins nothing
             monkeypatch.setattr(module, "pinned_like", lambda x: torch.empty_like(x, device="cpu"))
         monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: None)
         with _Streams(self):
