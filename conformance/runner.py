@@ -100,28 +100,14 @@ class _Run:
         self._limit = time_limit
         self._progress = progress
         self._report = report
+        self._told = self._hopeless = False
 
     def run(self, levels: Sequence[Level]) -> None:
-        if not self._tell_facts():
-            return
         for level in levels:
-            if any(reaches(level.name, one) for one in self._only) or not self._only:
+            if not self._only or any(reaches(level.name, one) for one in self._only):
                 self._run_level(level)
-
-    def _tell_facts(self) -> bool:
-        """Fill in what the report says of the platform. False: there is nothing to examine."""
-        hopeless = False
-        try:
-            for message in self._messages(Request(self._subject)):
-                for name, value in message.get("facts", {}).items():
-                    setattr(self._report, name, value)
-                if "outcome" in message:
-                    self._add(Outcome(**message["outcome"]))
-                hopeless = hopeless or "hopeless" in message
-        except _Died as death:
-            self._add(Outcome("L0", FACTS, FAILED, str(death), seconds=death.seconds))
-            return False
-        return not hopeless
+            if self._hopeless:
+                return
 
     def _run_level(self, level: Level) -> None:
         """A child for as long as it lives; after a death, another for the checks that are left."""
@@ -131,11 +117,15 @@ class _Run:
             running = ""
             try:
                 for message in self._messages(
-                    Request(self._subject, level.name, self._only, tuple(done))
+                    Request(self._subject, level.name, self._only, tuple(done), not self._told)
                 ):
                     running = self._take(level, message, done, running, first=not deaths)
                 return
             except _Died as death:
+                if not self._told:
+                    self._hopeless = True
+                    self._add(Outcome("L0", FACTS, FAILED, str(death), seconds=death.seconds))
+                    return
                 name = running or (ENDING if len(done) > known else LISTING)
                 self._add(Outcome(level.name, name, FAILED, str(death), seconds=death.seconds))
                 if not running:
@@ -146,6 +136,10 @@ class _Run:
         self, level: Level, message: Message, done: list[str], running: str, first: bool
     ) -> str:
         """Returns the check that is running now; every one that was begun is `done`."""
+        if "facts" in message:
+            self._told, self._hopeless = True, "hopeless" in message
+            for name, value in message["facts"].items():
+                setattr(self._report, name, value)
         if "checks" in message and first:
             self._progress.level(level, message["checks"])
         elif "start" in message:
@@ -192,7 +186,9 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             # Ranks and servers that it starts must find the same modules.
-            env=child_environment({"PYTHONPATH": os.pathsep.join(p or os.curdir for p in sys.path)}),
+            env=child_environment(
+                {"PYTHONPATH": os.pathsep.join(p or os.curdir for p in sys.path)}
+            ),
             start_new_session=True,
             text=True,
         )

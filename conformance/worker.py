@@ -43,12 +43,13 @@ FRAMES_SHOWN = 3
 @dataclass(frozen=True)
 class Request:
     """What a worker is to do: the checks of `level` that `only` selects (all, if empty) but for
-    those already `done`; without a level, tell the platform's facts."""
+    those already `done`; if `tell`, the platform's facts before them."""
 
     subject: Subject
-    level: str = ""
+    level: str
     only: tuple[str, ...] = ()
     done: tuple[str, ...] = ()
+    tell: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "path": sys.path}
@@ -60,6 +61,7 @@ class Request:
             values["level"],
             tuple(values["only"]),
             tuple(values["done"]),
+            values["tell"],
         )
 
 
@@ -74,10 +76,12 @@ def selected(full_name: str, only: tuple[str, ...]) -> bool:
 def answers(request: Request) -> Iterator[Message]:
     """The messages that answer `request`, each as soon as it is known."""
     subject = request.subject
-    if not request.level:
-        yield from _facts(subject)
-        yield {"end": True}
-        return
+    if request.tell:
+        told = _facts(subject)
+        yield told
+        if "hopeless" in told:
+            yield {"end": True}
+            return
     level = level_named(request.level)
     try:
         found = level.checks(subject)
@@ -97,14 +101,15 @@ def answers(request: Request) -> Iterator[Message]:
     yield {"end": True}
 
 
-def _facts(subject: Subject) -> Iterator[Message]:
+def _facts(subject: Subject) -> Message:
+    """With an outcome where they cannot be told; `hopeless` where there is nothing to examine."""
     try:
-        yield {"facts": facts(subject)}
+        return {"facts": facts(subject)}
     except PlatformUnavailable as error:
         said = Outcome("L0", FACTS, FAILED, str(error))
-        yield {"outcome": dataclasses.asdict(said), "hopeless": True}
+        return {"facts": {}, "outcome": dataclasses.asdict(said), "hopeless": True}
     except Exception as error:  # the platform's, of what it says about itself
-        yield {"outcome": _failure("L0", FACTS, error, 0.0)}
+        return {"facts": {}, "outcome": _failure("L0", FACTS, error, 0.0)}
 
 
 def run_check(level: str, check: Check) -> Outcome:
