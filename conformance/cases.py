@@ -174,7 +174,7 @@ class OpCase:
         shown = ", ".join(_shown(arg) for arg in self.arguments())
         special = "" if self.special is None else f", special=float({str(self.special)!r})"
         return (
-            "from trimaran.conformance.cases import OpCase\n"
+            "import torch; from trimaran.conformance.cases import OpCase\n"
             f"OpCase({self.op!r}, {self.variant!r}, {self.tokens}, {self.dtype}, "
             f"{self.seed}{special}).arguments()\n"
             f"# {self.op}({shown})"

@@ -18,6 +18,9 @@ BELOW = [level.name for level in LEVELS if level.name < "L3"]
 SEEN_BY_A_PROCESS = ("ProbeStartsThread", "buggy_import:ImportPatches")
 """Bugs for which a fresh process must be asked; it takes seconds."""
 
+ONE_OF_EACH_LEVEL = ("MovesOneByOne", "Overrun", "AttentionForgottenRegion")
+"""Found on every change; the others where slow tests run, too."""
+
 
 def reference(name: str) -> str:
     return name if ":" in name else f"{buggy_platforms.__name__}:{name}"
@@ -49,9 +52,14 @@ def no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(l0_contract, "purity", lambda reference: nothing)
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("no_process")
-@pytest.mark.parametrize("name", buggy_platforms.FOUND_BY)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in ONE_OF_EACH_LEVEL else pytest.mark.slow)
+        for name in buggy_platforms.FOUND_BY
+    ],
+)
 def test_the_kit_finds(name: str) -> None:
     found = first_failure(Subject(reference(name), quick=True))
     assert found is not None, f"{name} passes"
