@@ -183,8 +183,8 @@ class OpBinder:
 
     def _record(self, binding: Binding) -> None:
         self._report.append(binding)
-        if (binding.op, binding.chosen) in self._logged:
-            return
+        if self._device is None or (binding.op, binding.chosen) in self._logged:
+            return  # a binder that only sizes has nothing to announce
         self._logged.add((binding.op, binding.chosen))
         not_taken = "; ".join(f"{r.name}: {r.reason}" for r in binding.refused)
         logger.info(

@@ -27,6 +27,8 @@ from .errors import ConfigError, PlatformError
 from .model_files import read_generation, read_hf_config, resolve_model_path
 from .models.registry import decoder_spec
 from .models.spec import DecoderSpec
+from .ops import OpBinder
+from .planning.memory import activation_bytes, rank_memory, shape_groups
 from .platform import make_platform
 from .sizing import (
     GroupSize,
@@ -37,7 +39,6 @@ from .sizing import (
     make_cache_groups,
     measure_groups,
     readable,
-    weight_bytes,
 )
 
 __all__ = ["resolve", "resolve_model_path"]
@@ -190,6 +191,10 @@ class _Resolution:
         """Does the device share the host's memory, and so must leave some to others?"""
         return self._capabilities.unified_memory
 
+    @property
+    def _default_batched_tokens(self) -> int:
+        return HOST_BATCHED_TOKENS if self._on_host else DEVICE_BATCHED_TOKENS
+
     def _lengths(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> _Lengths:
         args = self._args
         num_seqs = args.max_num_seqs or min(
@@ -202,7 +207,9 @@ class _Resolution:
         if asked is None:
             length = longest
         elif asked == "auto":
-            length = longest_that_fits(self._measure(dtype, kv_dtype), self._budget(dtype), longest)
+            tokens = args.max_num_batched_tokens or self._default_batched_tokens
+            budget = self._budget(dtype, kv_dtype, _Lengths(longest, tokens, num_seqs))
+            length = longest_that_fits(self._measure(dtype, kv_dtype), budget, longest)
             logger.info("max_model_len=%d of %d: what memory holds", length, longest)
         else:
             length = parse_size(asked, "max_model_len")
@@ -218,7 +225,7 @@ class _Resolution:
         args = self._args
         tokens = args.max_num_batched_tokens
         if tokens is None:
-            tokens = HOST_BATCHED_TOKENS if self._on_host else DEVICE_BATCHED_TOKENS
+            tokens = self._default_batched_tokens
             if not args.enable_chunked_prefill:
                 tokens = max(tokens, length)
             tokens = max(tokens, num_seqs)
@@ -296,7 +303,7 @@ class _Resolution:
     def _cache(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> CacheConfig:
         args, length, chunk = self._args, lengths.max_model_len, lengths.batched_tokens
         sizes = self._measure(dtype, kv_dtype)
-        budget = self._budget(dtype)
+        budget = self._budget(dtype, kv_dtype, lengths)
         if args.kv_cache_memory_bytes is None:
             budget = min(budget, bytes_for_all(sizes, length, lengths.num_seqs, chunk))
         groups = make_cache_groups(
@@ -317,17 +324,45 @@ class _Resolution:
             groups=groups, dtype=kv_dtype, enable_prefix_caching=args.enable_prefix_caching
         )
 
-    def _budget(self, dtype: torch.dtype) -> int:
-        """Bytes one rank's KV cache may take."""
+    def _budget(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> int:
+        """Bytes one rank's KV cache may take beside all else that a rank of such lengths holds."""
         args = self._args
         if args.kv_cache_memory_bytes is not None:
             return parse_size(args.kv_cache_memory_bytes, "kv_cache_memory_bytes")
         return default_budget(
             self._memory,
-            weight_bytes(self._spec, dtype),
+            self._held(dtype, kv_dtype, lengths) * self._ranks,
             share=args.gpu_memory_utilization,
             on_host=self._on_host,
             ranks=self._ranks,
+        )
+
+    def _held(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> int:
+        """Bytes of one rank's weights, buffers, and activations at their widest."""
+        groups = shape_groups(
+            self._spec,
+            self._platform,
+            self._measure(dtype, kv_dtype),
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            ranks=self._ranks,
+        )
+        memory = rank_memory(
+            self._spec,
+            OpBinder(self._platform),
+            groups,
+            dtype=dtype,
+            ranks=self._ranks,
+            max_tokens=max(lengths.batched_tokens, lengths.num_seqs),
+            max_model_len=lengths.max_model_len,
+            num_seqs=lengths.num_seqs,
+        )
+        return memory.held + activation_bytes(
+            self._spec,
+            dtype,
+            ranks=self._ranks,
+            tokens=lengths.batched_tokens,
+            logits=lengths.num_seqs,
         )
 
     @functools.cached_property

@@ -176,23 +176,15 @@ def _does_not_fit(
     )
 
 
-def weight_bytes(spec: DecoderSpec, dtype: torch.dtype) -> int:
-    """Bytes of a model's matrices (norms and biases are lost in the rounding)."""
-    hidden = spec.hidden_size
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    layer = hidden * (heads + 3 * spec.intermediate_size)
-    tables = spec.vocab_size * hidden * (1 if spec.tie_embeddings else 2)
-    return (spec.num_layers * layer + tables) * dtype.itemsize
-
-
 def default_budget(
-    memory: MemoryInfo, weights: int, *, share: float, on_host: bool, ranks: int
+    memory: MemoryInfo, held: int, *, share: float, on_host: bool, ranks: int
 ) -> int:
-    """Bytes for one rank's KV cache: what `share` of the memory leaves beside `weights` bytes of
-    the whole model. On a host, where all ranks share what is free, at most HOST_SHARE of it."""
+    """Bytes for one rank's KV cache: what `share` of the memory leaves beside the `held` bytes
+    that all ranks take for other things. On a host, where all ranks share what is free, at most
+    HOST_SHARE of it."""
     if on_host:
-        return int((memory.free - weights) * min(share, HOST_SHARE)) // ranks
-    return int(min(memory.total * share, memory.free) - weights / ranks)
+        return int((memory.free - held) * min(share, HOST_SHARE)) // ranks
+    return int(min(memory.total * share, memory.free) - held / ranks)
 
 
 def check_free(wanted: int, free: int) -> None:

@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...platforms.interface import Communicator, PackedWeight
+from ...platforms.interface import Communicator, PackedWeight, Platform
 from ...platforms.ops import DENSE
 from ..config import EngineConfig
 from ..models.decoder import Decoder
 from ..models.registry import decoder_spec
 from ..models.spec import DecoderSpec
-from ..models.step import StepBuffers, StepGroup, make_groups
+from ..models.step import StepBuffers, StepGroup, make_groups, slot_dtype
 from ..ops import OpBinder
 from ..runner.rows import SLACK, RowTable
+from ..sizing import GroupSize
 
 
 class ShapesOnly:
@@ -112,9 +113,36 @@ class RankMemory:
         return self.matrices + self.embedding + self.vectors + self.rope
 
     @property
+    def held(self) -> int:
+        """All that a rank holds for as long as it lives, beside the cache."""
+        return self.weights + self.step + self.rows
+
+    @property
     def read_per_step(self) -> int:
         """Bytes of weights that every step reads: all but a table that is only looked up in."""
         return self.matrices + self.vectors + (self.embedding if self.head_is_table else 0)
+
+
+def shape_groups(
+    spec: DecoderSpec,
+    platform: Platform,
+    sizes: Sequence[GroupSize],
+    *,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    ranks: int,
+) -> list[StepGroup]:
+    """Groups with a rank's share of the heads, for layers that are built and never called: they
+    only ask a group for its place, so it needs no implementation."""
+    groups = []
+    nothing: Any = None
+    for size in sizes:
+        attention = spec.attention_spec(
+            size.group, dtype=dtype, kv_dtype=kv_dtype, block_size=size.block_size, ranks=ranks
+        )
+        slots = slot_dtype(platform, attention)
+        groups.append(StepGroup(size.group.layers, attention, nothing, slots))
+    return groups
 
 
 def rank_memory(

@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from ...platforms.interface import Finding
 from ..args import EngineArgs, parse_size
 from ..dtypes import dtype_name
 from ..errors import PlatformError
 from ..models.spec import DecoderSpec, LayerGroup
-from ..models.step import StepGroup, slot_dtype
 from ..ops import OpBinder
 from ..sizing import GroupSize, default_budget, longest_that_fits, measure_groups, sequence_bytes
 from .limits import PREFILL_TOKENS, Load
-from .memory import RankMemory, activation_bytes, rank_memory
+from .memory import RankMemory, activation_bytes, rank_memory, shape_groups
 from .model import ModelFacts, Parameters
 from .report import BYTES, TOKENS, Figure, Plan, Section
 from .settings import Settings, choose_settings, review
@@ -141,19 +139,14 @@ class _Planner:
 
     def _rank_memory(self, spec: DecoderSpec, binder: OpBinder) -> RankMemory:
         settings = self._settings
-        groups = []
-        for size in self._sizes:
-            attention = spec.attention_spec(
-                size.group,
-                dtype=settings.dtype,
-                kv_dtype=settings.kv_dtype,
-                block_size=size.block_size,
-                ranks=settings.ranks,
-            )
-            slots = slot_dtype(self._target.platform, attention)
-            # Layers only ask a group for its place: no implementation is needed to build them.
-            nothing: Any = None
-            groups.append(StepGroup(size.group.layers, attention, nothing, slots))
+        groups = shape_groups(
+            spec,
+            self._target.platform,
+            self._sizes,
+            dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
+            ranks=settings.ranks,
+        )
         return rank_memory(
             spec,
             binder,
