@@ -29,7 +29,8 @@ class OpSignature:
 
 
 class OpImpl(Contract):
-    """One implementation of one op. The call has the signature of the op's reference."""
+    """One implementation of one op. The call has the signature of the op's reference, and at
+    least one token."""
 
     op: str
     name: str
@@ -161,7 +162,8 @@ class AttentionImpl(Contract):
 class PackedWeight:
     """A linear layer's weight in a platform's own layout; `tensors` (or a library's own objects)
     belong to `format`'s packer. `shape` is (out_features, in_features). `extra_bytes`: memory that
-    it holds beside the canonical tensors it was made from and the device's own allocations."""
+    it holds beside the canonical tensors it was made from and the device's own allocations; with
+    those it is what the packer's `packed_bytes` says."""
 
     format: str
     shape: tuple[int, int]
