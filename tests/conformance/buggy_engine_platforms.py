@@ -26,7 +26,12 @@ from trimaran.platforms.interface import (
     Event,
     GroupSpec,
     LayerKV,
+    StepFn,
+    StepGraph,
+    StepLimits,
 )
+from trimaran.platforms.step_graph import interpret
+from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 
 # ---------------------------------------------------------------------------------------------
 # Engines
@@ -90,6 +95,29 @@ class FewSequencesPlatform(WithAttention):
 
 class LongDecodePlatform(WithAttention):
     impl = LongDecode
+
+
+class CompiledPlatform(StrictPlatform):
+    """No bug: steps padded to few sizes, and compiled."""
+
+    def __init__(self) -> None:
+        limits = StepLimits(token_buckets=(16, 64, 256), mixed_batches=False)
+        super().__init__(StrictKnobs(delay=0.0, compile_steps=True, limits=limits))
+
+
+class StaleMetadataPlatform(CompiledPlatform):
+    """A compiled step keeps the metadata of its first run, as a recorded graph would that reads
+    them from where they were."""
+
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        step, first = interpret(graph), list[Any]()
+
+        def replay(metadata: Sequence[Any]) -> Tensor:
+            if not first:
+                first.append(list(metadata))
+            return step(first[0])
+
+        return replay
 
 
 # ---------------------------------------------------------------------------------------------
@@ -287,6 +315,7 @@ class LossHangsPlatform(WithDevice):
 BUGS: Mapping[str, tuple[str, str]] = {
     "StaleTablesPlatform": ("L3", "models"),
     "FewSequencesPlatform": ("L3", "batches"),
+    "StaleMetadataPlatform": ("L3", "models"),
     "LongDecodePlatform": ("L3", "step_limits"),
     "TwoRanksOnlyPlatform": ("L4", "collectives/4"),
     "OwnFirstPlatform": ("L4", "collectives/4"),

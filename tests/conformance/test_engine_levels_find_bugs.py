@@ -24,7 +24,12 @@ from trimaran.conformance.worker import Request, answers
 
 HERE = Path(__file__).parent
 IN_PROCESS = [name for name, (found_at, _) in BUGS.items() if found_at != "L4"]
-SLOW = ("StaleTablesPlatform", "ThreadsStayPlatform", "LosesMemoryPlatform")
+SLOW = (
+    "StaleTablesPlatform",
+    "StaleMetadataPlatform",
+    "ThreadsStayPlatform",
+    "LosesMemoryPlatform",
+)
 HANGING = ("LossHangsPlatform",)
 
 
@@ -109,7 +114,7 @@ def test_no_level_below_fails(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu", "strict"])
+@pytest.mark.parametrize("name", ["cpu", "strict", "buggy_engine_platforms:CompiledPlatform"])
 def test_engines_on_our_platforms_pass(name: str) -> None:
     found = outcomes(Subject(name, quick=True), "L3")
     assert [one.full_name for one in found if one.status != PASSED] == []
