@@ -204,7 +204,8 @@ class Device(Contract):
         """Enter `size` bytes that a library holds for `owner` under `tag`, until `owner` ends."""
 
     @abstractmethod
-    def memory(self) -> MemoryInfo: ...
+    def memory(self) -> MemoryInfo:
+        """As it is now. After `close` it may raise RuntimeError."""
 
     @abstractmethod
     def launch(self, work: Callable[[], None]) -> Event:
