@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import functools
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from .config import (
 )
 from .dtypes import choose_dtype, choose_kv_dtype, dtype_name
 from .errors import ConfigError, PlatformError
+from .lengths import Lengths, choose_lengths
 from .model_files import read_generation, read_hf_config, resolve_model_path
 from .models.registry import decoder_spec
 from .models.spec import DecoderSpec
@@ -44,9 +43,6 @@ from .sizing import (
 __all__ = ["resolve", "resolve_model_path"]
 
 logger = logging.getLogger("trimaran.resolve")
-
-HOST_SEQS, DEVICE_SEQS = 64, 256
-HOST_BATCHED_TOKENS, DEVICE_BATCHED_TOKENS = 2048, 8192
 
 
 def resolve(args: EngineArgs) -> EngineConfig:
@@ -88,15 +84,6 @@ def flat_plan(args: EngineArgs, config: EngineConfig) -> dict[str, Any]:
         "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
         "block_size": config.cache.groups[0].block_size,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class _Lengths:
-    """Tokens: a sequence at most, and a step."""
-
-    max_model_len: int
-    batched_tokens: int
-    num_seqs: int
 
 
 class _Resolution:
@@ -191,78 +178,15 @@ class _Resolution:
         """Does the device share the host's memory, and so must leave some to others?"""
         return self._capabilities.unified_memory
 
-    @property
-    def _default_batched_tokens(self) -> int:
-        return HOST_BATCHED_TOKENS if self._on_host else DEVICE_BATCHED_TOKENS
+    def _lengths(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> Lengths:
+        def fit(longest: Lengths) -> int:
+            budget = self._budget(dtype, kv_dtype, longest)
+            return longest_that_fits(self._measure(dtype, kv_dtype), budget, longest.max_model_len)
 
-    def _lengths(self, dtype: torch.dtype, kv_dtype: torch.dtype) -> _Lengths:
-        args = self._args
-        num_seqs = args.max_num_seqs or min(
-            HOST_SEQS if self._on_host else DEVICE_SEQS,
-            args.max_num_batched_tokens or DEVICE_SEQS,
-            *self._buckets[-1:],
-        )
-        longest = self._spec.max_positions
-        asked = args.max_model_len
-        if asked is None:
-            length = longest
-        elif asked == "auto":
-            tokens = args.max_num_batched_tokens or self._default_batched_tokens
-            budget = self._budget(dtype, kv_dtype, _Lengths(longest, tokens, num_seqs))
-            length = longest_that_fits(self._measure(dtype, kv_dtype), budget, longest)
-            logger.info("max_model_len=%d of %d: what memory holds", length, longest)
-        else:
-            length = parse_size(asked, "max_model_len")
-            if length > longest:
-                raise ConfigError(
-                    f"max_model_len is {length}, but the model has {longest} positions. Lower it "
-                    "(or change the model's rope scaling by --hf-overrides).",
-                    param="max_model_len",
-                )
-        return _Lengths(length, self._batched_tokens(length, num_seqs), num_seqs)
+        positions, name = self._spec.max_positions, self._platform.name
+        return choose_lengths(self._args, self._capabilities, self._limits, positions, name, fit)
 
-    def _batched_tokens(self, length: int, num_seqs: int) -> int:
-        args = self._args
-        tokens = args.max_num_batched_tokens
-        if tokens is None:
-            tokens = self._default_batched_tokens
-            if not args.enable_chunked_prefill:
-                tokens = max(tokens, length)
-            tokens = max(tokens, num_seqs)
-        tokens = self._limited(tokens)
-        if tokens < num_seqs:
-            raise ConfigError(
-                f"max_num_batched_tokens is {tokens}, but every one of max_num_seqs={num_seqs} "
-                "sequences takes a token of each step. Raise the one or lower the other.",
-                param="max_num_batched_tokens",
-            )
-        if not args.enable_chunked_prefill and tokens < length:
-            raise ConfigError(
-                f"Without chunked prefill a prompt of max_model_len={length} tokens has to fit "
-                f"one step, but max_num_batched_tokens is {tokens}.",
-                param="max_num_batched_tokens",
-            )
-        return tokens
-
-    def _limited(self, tokens: int) -> int:
-        """Tokens of a step, within the platform's limits."""
-        args, most, largest = self._args, self._limits.max_tokens, self._buckets[-1:]
-        for name in ("max_num_batched_tokens", "max_num_seqs"):
-            if largest and (getattr(args, name) or 0) > largest[0]:
-                raise ConfigError(
-                    f"{name} is {getattr(args, name)}, but platform {self._platform.name!r} pads "
-                    f"each step to one of {self._buckets} tokens: it can be {largest[0]} at most.",
-                    param=name,
-                )
-        if most is not None and most < tokens:
-            logger.info("max_num_batched_tokens=%d: the platform's limit", most)
-            tokens = most
-        if largest and largest[0] < tokens:
-            logger.info("max_num_batched_tokens=%d: the platform's largest bucket", largest[0])
-            tokens = largest[0]
-        return tokens
-
-    def _scheduler(self, lengths: _Lengths) -> SchedulerConfig:
+    def _scheduler(self, lengths: Lengths) -> SchedulerConfig:
         args = self._args
         run_ahead = self._capabilities.run_ahead
         if args.async_scheduling == "off":
@@ -283,9 +207,7 @@ class _Resolution:
             max_num_queued_tokens=args.max_num_queued_tokens,
             run_ahead=run_ahead,
             mixed_batches=self._limits.mixed_batches,
-            token_buckets=self._buckets[
-                : bisect.bisect_left(self._buckets, lengths.batched_tokens) + 1
-            ],
+            token_buckets=lengths.token_buckets,
         )
 
     # -- KV cache ------------------------------------------------------------------------------
@@ -300,7 +222,7 @@ class _Resolution:
             ranks=self._ranks,
         )
 
-    def _cache(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> CacheConfig:
+    def _cache(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: Lengths) -> CacheConfig:
         args, length, chunk = self._args, lengths.max_model_len, lengths.batched_tokens
         sizes = self._measure(dtype, kv_dtype)
         budget = self._budget(dtype, kv_dtype, lengths)
@@ -324,7 +246,7 @@ class _Resolution:
             groups=groups, dtype=kv_dtype, enable_prefix_caching=args.enable_prefix_caching
         )
 
-    def _budget(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> int:
+    def _budget(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: Lengths) -> int:
         """Bytes one rank's KV cache may take beside all else that a rank of such lengths holds."""
         args = self._args
         if args.kv_cache_memory_bytes is not None:
@@ -337,7 +259,7 @@ class _Resolution:
             ranks=self._ranks,
         )
 
-    def _held(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: _Lengths) -> int:
+    def _held(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: Lengths) -> int:
         """Bytes of one rank's weights, buffers, and activations at their widest."""
         groups = shape_groups(
             self._spec,
@@ -353,7 +275,7 @@ class _Resolution:
             groups,
             dtype=dtype,
             ranks=self._ranks,
-            max_tokens=max(lengths.batched_tokens, lengths.num_seqs),
+            max_tokens=lengths.step_tokens,
             max_model_len=lengths.max_model_len,
             num_seqs=lengths.num_seqs,
         )
@@ -361,22 +283,13 @@ class _Resolution:
             self._spec,
             dtype,
             ranks=self._ranks,
-            tokens=lengths.batched_tokens,
+            tokens=lengths.step_tokens,
             logits=lengths.num_seqs,
         )
 
     @functools.cached_property
     def _limits(self) -> StepLimits:
         return self._platform.step_limits(dataclasses.asdict(self._args))
-
-    @functools.cached_property
-    def _buckets(self) -> tuple[int, ...]:
-        buckets = tuple(sorted(set(self._limits.token_buckets)))
-        if buckets and buckets[0] < 1:
-            raise PlatformError(
-                f"Platform {self._platform.name!r} has a token bucket of {buckets[0]} tokens."
-            )
-        return buckets
 
     @functools.cached_property
     def _memory(self) -> MemoryInfo:

@@ -34,13 +34,20 @@ def plan(facts: ModelFacts, args: EngineArgs, target: Target, context: int | Non
     """What `facts` needs on `target` with `args`, and what it can give; `context`: tokens of the
     sequences that batches are planned for. Raises TrimaranError where the platform cannot run it
     in this way at all."""
-    settings = choose_settings(facts, args, target, context)
+    settings = _settle(facts, args, target, context)
     findings = review(args, settings, target)
     changes = {one.field: one.value for one in findings if one.kind == "adjust"}
     if changes:
         args = dataclasses.replace(args, **changes)
-        settings = choose_settings(facts, args, target, context)
+        settings = _settle(facts, args, target, context)
     return _Planner(facts, args, target, settings, findings).plan()
+
+
+def _settle(facts: ModelFacts, args: EngineArgs, target: Target, context: int | None) -> Settings:
+    def fit(longest: Settings) -> int:
+        return _Planner(facts, args, target, longest, ()).length_in_memory()
+
+    return choose_settings(facts, args, target, context, fit)
 
 
 class _Planner:
@@ -98,6 +105,13 @@ class _Planner:
             notes=tuple(self._notes),
         )
 
+    def length_in_memory(self) -> int:
+        """Tokens of the longest sequence that fits beside what is held, as `auto` takes them."""
+        limit = self._settings.lengths.max_model_len
+        if not self._target.memory.total and self._args.kv_cache_memory_bytes is None:
+            return limit
+        return longest_that_fits(self._sizes, self._budget(self._held())[0], limit)
+
     # -- what is held --------------------------------------------------------------------------
 
     def _measure(self, spec: DecoderSpec) -> tuple[list[GroupSize], str]:
@@ -153,9 +167,9 @@ class _Planner:
             groups,
             dtype=settings.dtype,
             ranks=settings.ranks,
-            max_tokens=max(settings.batched_tokens, settings.num_seqs),
-            max_model_len=settings.max_model_len,
-            num_seqs=settings.num_seqs,
+            max_tokens=settings.lengths.step_tokens,
+            max_model_len=settings.lengths.max_model_len,
+            num_seqs=settings.lengths.num_seqs,
         )
 
     def _check_headers(self) -> None:
@@ -235,47 +249,25 @@ class _Planner:
 
     def _steps_of(self, memory: RankMemory, spec: DecoderSpec) -> dict[str, Figure]:
         settings = self._settings
+        tokens, seqs = settings.lengths.step_tokens, settings.lengths.num_seqs
         activations = activation_bytes(
-            spec,
-            settings.dtype,
-            ranks=settings.ranks,
-            tokens=settings.batched_tokens,
-            logits=settings.num_seqs,
+            spec, settings.dtype, ranks=settings.ranks, tokens=tokens, logits=seqs
         )
+        source = f"the widest point of a step of {tokens} tokens, {seqs} rows of logits"
         return {
-            "step buffers": Figure(memory.step, BYTES, f"{settings.batched_tokens} tokens"),
-            "rows": Figure(memory.rows, BYTES, f"{settings.num_seqs} sequences and one spare"),
-            "activations": Figure(
-                activations,
-                BYTES,
-                f"the widest point of a step of {settings.batched_tokens} tokens, "
-                f"{settings.num_seqs} rows of logits",
-            ),
+            "step buffers": Figure(memory.step, BYTES, f"{tokens} tokens"),
+            "rows": Figure(memory.rows, BYTES, f"{seqs} sequences and one spare"),
+            "activations": Figure(activations, BYTES, source),
         }
 
     # -- what fits -----------------------------------------------------------------------------
 
     def _fits(self, held: Section) -> Section:
-        memory, args, settings = self._target.memory, self._args, self._settings
+        memory = self._target.memory
         if not memory.total:
             unknown = Figure(None, TOKENS, "unknown: the platform does not say its memory")
             return {"memory for KV": unknown, "largest context": unknown, "largest batch": unknown}
-        source = f"{args.gpu_memory_utilization:g} of the memory, less the above"
-        if args.kv_cache_memory_bytes is not None:
-            budget = parse_size(args.kv_cache_memory_bytes, "kv_cache_memory_bytes")
-            source = "kv_cache_memory_bytes"
-        else:
-            fixed = sum(held[name].value or 0 for name in FIXED)
-            on_host = self._target.capabilities.unified_memory
-            if on_host:
-                source = "half of the free memory at most, less the above"
-            budget = default_budget(
-                memory,
-                int(fixed * settings.ranks),
-                share=args.gpu_memory_utilization,
-                on_host=on_host,
-                ranks=settings.ranks,
-            )
+        budget, source = self._budget(held)
         return {
             "device memory": Figure(memory.total, BYTES, "the platform"),
             "free memory": Figure(
@@ -285,6 +277,19 @@ class _Planner:
             "largest context": self._longest(budget),
             "largest batch": self._batch(budget),
         }
+
+    def _budget(self, held: Section) -> tuple[int, str]:
+        """Bytes of one rank's cache, and by which rule."""
+        memory, args, ranks = self._target.memory, self._args, self._settings.ranks
+        if args.kv_cache_memory_bytes is not None:
+            wanted = parse_size(args.kv_cache_memory_bytes, "kv_cache_memory_bytes")
+            return wanted, "kv_cache_memory_bytes"
+        on_host, share = self._target.capabilities.unified_memory, args.gpu_memory_utilization
+        fixed = int(sum(held[name].value or 0 for name in FIXED) * ranks)
+        budget = default_budget(memory, fixed, share=share, on_host=on_host, ranks=ranks)
+        if on_host:
+            return budget, "half of the free memory at most, less the above"
+        return budget, f"{share:g} of the memory, less the above"
 
     def _longest(self, budget: int) -> Figure:
         limit = self._facts.max_positions
@@ -324,7 +329,7 @@ class _Planner:
         rate, load = flops or math.inf, self._load()
         context = settings.context
         one = load.decode_seconds(1, context, line, rate)
-        batch = int(min(fits["largest batch"].value or 0, settings.num_seqs))
+        batch = int(min(fits["largest batch"].value or 0, settings.lengths.num_seqs))
         many = load.decode_seconds(batch, context, line, rate) if batch else None
         prefill = load.prefill_seconds(PREFILL_TOKENS, line, rate)
         return {
@@ -335,7 +340,7 @@ class _Planner:
                 batch / many if many else None,
                 "tokens/s",
                 f"{batch} sequences of {context}"
-                + (", as many as max_num_seqs" if batch == settings.num_seqs else " fit"),
+                + (", as many as max_num_seqs" if batch == settings.lengths.num_seqs else " fit"),
             ),
             names[2]: Figure(prefill, "seconds", f"{PREFILL_TOKENS} tokens, alone"),
         }

@@ -1,17 +1,17 @@
-"""What an engine would run with on a device: `resolve`'s defaults, from facts alone."""
+"""What an engine would run with on a device: `resolve`'s choices, from facts alone."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ...platforms.interface import Finding
-from ..args import EngineArgs, parse_size
+from ..args import EngineArgs
 from ..dtypes import choose_dtype, choose_kv_dtype, dtype_name
-from ..errors import ConfigError
-from ..resolve import DEVICE_BATCHED_TOKENS, DEVICE_SEQS, HOST_BATCHED_TOKENS, HOST_SEQS
+from ..lengths import Lengths, choose_lengths
 from .model import ModelFacts
 from .targets import Target
 
@@ -20,15 +20,13 @@ DEFAULT_CONTEXT = 4096
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the engine would run with: `resolve`'s defaults, without opening or refusing
-    anything. Lengths in tokens; `context`: of the sequences that batches are planned for."""
+    """What the engine would run with. `context`: tokens of the sequences that batches are planned
+    for."""
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
     ranks: int
-    max_model_len: int
-    num_seqs: int
-    batched_tokens: int
+    lengths: Lengths
     context: int
     block_size: int | None
 
@@ -37,55 +35,52 @@ class Settings:
             "dtype": dtype_name(self.dtype),
             "kv_cache_dtype": dtype_name(self.kv_dtype),
             "tensor_parallel_size": self.ranks,
-            "max_model_len": self.max_model_len,
-            "max_num_seqs": self.num_seqs,
-            "max_num_batched_tokens": self.batched_tokens,
+            "max_model_len": self.lengths.max_model_len,
+            "max_num_seqs": self.lengths.num_seqs,
+            "max_num_batched_tokens": self.lengths.batched_tokens,
             "block_size": self.block_size,
         }
 
 
 def choose_settings(
-    facts: ModelFacts, args: EngineArgs, target: Target, context: int | None
+    facts: ModelFacts,
+    args: EngineArgs,
+    target: Target,
+    context: int | None,
+    fit: Callable[[Settings], int],
 ) -> Settings:
+    """Nothing is opened. `fit`: the longest sequence that memory holds beside such settings.
+    Raises ConfigError or PlatformError where `resolve` would."""
     known, name = target.capabilities, target.platform.name
     dtype = choose_dtype(args.dtype, facts.config, known, name)
-    on_host = known.unified_memory
-    asked = args.max_model_len
-    length = facts.max_positions if asked in (None, "auto") else parse_size(asked, "max_model_len")
-    if length > facts.max_positions:
-        raise ConfigError(
-            f"max_model_len is {length}, but the model has {facts.max_positions} positions.",
-            param="max_model_len",
+    kv_dtype = choose_kv_dtype(args.kv_cache_dtype, dtype, known, name)
+
+    def settings(lengths: Lengths) -> Settings:
+        length = lengths.max_model_len
+        wanted = context or (DEFAULT_CONTEXT if args.max_model_len is None else length)
+        return Settings(
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            ranks=args.tensor_parallel_size,
+            lengths=lengths,
+            context=min(length, wanted),
+            block_size=args.block_size,
         )
-    seqs = args.max_num_seqs or (HOST_SEQS if on_host else DEVICE_SEQS)
-    tokens = args.max_num_batched_tokens or max(
-        HOST_BATCHED_TOKENS if on_host else DEVICE_BATCHED_TOKENS,
-        seqs,
-        0 if args.enable_chunked_prefill else length,
-    )
+
     limits = target.platform.step_limits(dataclasses.asdict(args))
-    bounds = [one for one in (limits.max_tokens, *limits.token_buckets[-1:]) if one is not None]
-    return Settings(
-        dtype=dtype,
-        kv_dtype=choose_kv_dtype(args.kv_cache_dtype, dtype, known, name),
-        ranks=args.tensor_parallel_size,
-        max_model_len=length,
-        num_seqs=seqs,
-        batched_tokens=min([tokens, *bounds]),
-        context=min(length, context or (DEFAULT_CONTEXT if asked is None else length)),
-        block_size=args.block_size,
+    return settings(
+        choose_lengths(
+            args, known, limits, facts.max_positions, name, lambda one: fit(settings(one))
+        )
     )
 
 
-def review(args: EngineArgs, settings: Settings, target: Target) -> tuple[Finding, ...]:
-    """The platform's findings. One that is only described may not answer."""
-    try:
+def review(args: EngineArgs, settings: Settings, target: Target) -> Sequence[Finding]:
+    """The platform's findings on a device that is here. A described one cannot be named to a
+    platform, whose answer would be about the card in this machine."""
+    if target.present:
         return tuple(target.platform.review(_flat(args, settings)))
-    except Exception as error:
-        if target.present:
-            raise
-        # Most platforms ask the device itself, which is not here.
-        return (Finding("note", "device", f"not reviewed without the device ({error})"),)
+    return (Finding("note", "device", "described only, so its platform has not reviewed the plan"),)
 
 
 def _flat(args: EngineArgs, settings: Settings) -> dict[str, object]:

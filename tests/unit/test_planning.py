@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from trimaran.cli.plan import build_report, readable_figure
+from trimaran.core import resolve as resolve_module
 from trimaran.core.args import EngineArgs
 from trimaran.core.errors import ConfigError, ModelLoadError, PlatformError
 from trimaran.core.executor import UniExecutor
@@ -30,10 +32,11 @@ from trimaran.platforms.interface import (
     Finding,
     MemoryInfo,
     Roofline,
+    StepLimits,
     WeightPacker,
 )
 from trimaran.platforms.ops import DensePacker
-from trimaran.platforms.strict import StrictPlatform
+from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 
@@ -194,9 +197,55 @@ def test_ranks_share_what_is_split() -> None:
 
 def test_a_platforms_adjustment_is_taken() -> None:
     args = args_of("qwen3-0.6b", dtype="bfloat16")
-    found = plan(read_model(args), args, toy())
+    found = plan(read_model(args), args, dataclasses.replace(toy(), present=True))
     assert found.settings["max_num_seqs"] == 100
     assert [finding.field for finding in found.findings] == ["max_num_seqs"]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [StepLimits(), StepLimits(max_tokens=96), StepLimits(token_buckets=(64, 8, 256, 32))],
+)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"max_num_batched_tokens": 40}, {"max_num_seqs": 5}, {"max_model_len": "auto"}],
+)
+def test_a_plan_is_of_what_an_engine_would_resolve(
+    limits: StepLimits, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    platform = StrictPlatform(StrictKnobs(limits=limits))
+    args = EngineArgs(
+        platform="strict", kv_cache_memory_bytes="2M", **({"max_model_len": 64} | more)
+    )
+    monkeypatch.setattr(resolve_module, "make_platform", lambda name: platform)
+    config = resolve(args)
+    found = plan(read_model(args), args, Target.of_present(platform, platform.probe().devices[0]))
+    assert found.settings["max_num_seqs"] == config.scheduler.max_num_seqs
+    assert found.settings["max_num_batched_tokens"] == config.scheduler.max_num_batched_tokens
+    assert found.settings["max_model_len"] == config.model.max_model_len
+    assert more.get("max_model_len") != "auto" or config.model.max_model_len < 8192
+
+
+def test_auto_is_what_the_described_memory_holds() -> None:
+    args = args_of("llama-3.1-70b", dtype="bfloat16", tensor_parallel_size=2, max_model_len="auto")
+    found = plan(read_model(args), args, toy())
+    length = found.settings["max_model_len"]
+    assert isinstance(length, int) and 1024 < length < 131_072
+    assert found.settings["context"] == length
+    assert found.value("fits", "largest batch") == 1, "one sequence of that length fits"
+
+
+def test_a_platform_is_not_asked_to_review_a_device_that_is_described() -> None:
+    class Here(Described):
+        def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
+            return (Finding("adjust", "max_num_seqs", "the card in this machine is small", 1),)
+
+    args = args_of("qwen3-0.6b", dtype="bfloat16")
+    target = Target.of_described(Here(), Here.known_devices()[0])
+    found = plan(read_model(args), args, target)
+    assert found.settings["max_num_seqs"] == 256
+    (finding,) = found.findings
+    assert finding.kind == "note" and "not reviewed the plan" in finding.reason
 
 
 def test_unknown_memory_and_rates_are_unknown() -> None:

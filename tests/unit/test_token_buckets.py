@@ -112,6 +112,16 @@ def test_the_lower_of_two_limits_counts(scheduler: Resolve) -> None:
     assert found.max_num_batched_tokens == 128
 
 
+def test_a_limit_of_tokens_bounds_the_sequences_too(scheduler: Resolve) -> None:
+    limits = StepLimits(max_tokens=128)
+    found = scheduler(limits)
+    assert (found.max_num_batched_tokens, found.max_num_seqs) == (128, 128)
+    with pytest.raises(ConfigError, match=r"max_num_seqs is 129, .*'strict'.* 128 at most"):
+        scheduler(limits, max_num_seqs=129)
+    with pytest.raises(PlatformError, match="'strict' takes 0 tokens"):
+        scheduler(StepLimits(max_tokens=0))
+
+
 def test_whole_prompts_have_to_fit_the_largest_bucket(scheduler: Resolve) -> None:
     limits = StepLimits(token_buckets=(8, 512))
     with pytest.raises(ConfigError, match="Without chunked prefill"):
