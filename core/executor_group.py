@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..platforms.interface import GroupSpec
+from ..platforms.interface import Communicator, GroupSpec
 from .config import EngineConfig
 from .env import child_environment
 from .errors import EngineDeadError
@@ -90,6 +90,7 @@ class RankGroup:
         self._changed = threading.Condition()
         self._dead: str | None = None
         self._closing = False
+        self._collectives: Communicator | None = None  # the first rank's
         self._errors: dict[int, dict[int, str | None]] = {}  # step → rank → its error
         self._steps: dict[int, StepHandle] = {}  # the first rank's, until they are settled
         self._sent = self._settled = -1
@@ -105,6 +106,14 @@ class RankGroup:
     def member(self, rank: int) -> GroupSpec:
         rendezvous = f"file://{self._directory}/group"
         return GroupSpec(rank, self._size, rendezvous, collective_timeout(self._timeout))
+
+    def joined(self, collectives: Communicator) -> None:
+        """The first rank has met the others, through these."""
+        with self._changed:
+            self._collectives = collectives
+            dead = self._dead is not None
+        if dead:
+            self._release()
 
     def send(self, plan: StepPlan) -> None:
         self.check()
@@ -158,8 +167,7 @@ class RankGroup:
             self._errors.pop(step, None)
         if not expected:
             self._fail(f"step {step} failed on some ranks only: {output.error or 'not on rank 0'}")
-        if not expected or output.error is not None:
-            self.check()
+        self.check()  # a step that a dead group's collectives were aborted in computed nothing
         return output
 
     def follow(self, step_id: int, step: StepHandle) -> None:
@@ -236,7 +244,7 @@ class RankGroup:
         return self._settled >= step_id or (step is not None and step.done())
 
     def _fail(self, reason: str) -> None:
-        """The group cannot go on: end every child, which frees a rank that waits for them."""
+        """The group cannot go on: end every child, and the first rank's wait for them."""
         with self._changed:
             if self._dead is not None or self._closing:
                 return
@@ -245,6 +253,16 @@ class RankGroup:
         logger.error("%s", reason)
         for member in self._members:
             member.process.kill()
+        self._release()
+
+    def _release(self) -> None:
+        """A device may wait for the others in a kernel, which their end alone does not end."""
+        if self._collectives is None:
+            return
+        try:
+            self._collectives.abort()
+        except Exception:  # the reason that counts is known already
+            logger.exception("the collectives of a group that has ended could not be aborted")
 
     def close(self) -> None:
         with self._changed:
@@ -302,6 +320,7 @@ class GroupExecutor:
         def build() -> None:
             try:
                 built.append(Rank(config, group))
+                self._group.joined(built[0].comm)
             except BaseException as error:  # raised again below
                 errors.append(error)
 

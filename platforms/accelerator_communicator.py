@@ -36,8 +36,8 @@ class NcclCommunicator(Communicator):
     """NCCL on the current stream: a call returns when the work is queued.
 
     It makes its process group itself and touches no default group, so that several engines can
-    live in one process. Where a member is missing, torch's watchdog ends this process after the
-    group's timeout, with the collective's name.
+    live in one process. A kernel that waits for a missing member spins until `abort`; without it
+    torch's watchdog ends this process after the group's timeout, with the collective's name.
     """
 
     def __init__(self, group: GroupSpec, device: Device) -> None:
@@ -46,9 +46,16 @@ class NcclCommunicator(Communicator):
         store = dist.FileStore(rendezvous_path(group), group.size)
         options = nccl.Options()
         options._timeout = timedelta(seconds=group.timeout)
-        self._group: Any = nccl(store, group.rank, group.size, options)
+        self._joined: Any = nccl(store, group.rank, group.size, options)
         self._token = torch.zeros(1, device=device.torch_device)
         self.barrier()  # NCCL connects at the first collective
+
+    @property
+    def _group(self) -> Any:
+        group = self._joined
+        if group is None:
+            raise RuntimeError("The communicator is closed.")
+        return group
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         whole = tensor.contiguous()
@@ -72,9 +79,14 @@ class NcclCommunicator(Communicator):
         self.all_reduce(self._token).item()  # waits for the device, not only for the queue
 
     def close(self) -> None:
-        group, self._group = self._group, None
-        if group is not None and hasattr(group, "shutdown"):
+        group, self._joined = self._joined, None
+        if group is not None:
             group.shutdown()
+
+    def abort(self) -> None:
+        group, self._joined = self._joined, None
+        if group is not None:
+            group.abort()  # ends its kernels and its watchdog (PyTorch's pull request 132291)
 
 
 class HostStagedCommunicator(Communicator):
@@ -99,3 +111,6 @@ class HostStagedCommunicator(Communicator):
 
     def close(self) -> None:
         self._host.close()
+
+    def abort(self) -> None:
+        self._host.abort()

@@ -75,6 +75,10 @@ class GlooCommunicator(Communicator):
     def close(self) -> None:
         self._group = None
 
+    def abort(self) -> None:
+        """Nothing to do: the members that were ended broke its connections, and each call that
+        needs one of these raises."""
+
 
 def rendezvous_path(group: GroupSpec) -> str:
     """The file that the members of a group meet at."""

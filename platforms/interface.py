@@ -22,9 +22,9 @@ from .api import (
     PLATFORM_API,
     ApiRange,
     Contract,
-    check_contract,
 )
 from .compute import (
+    DENSE,
     AttentionBatch,
     AttentionImpl,
     AttentionSpec,
@@ -62,6 +62,7 @@ from .facts import (
 )
 
 __all__ = [
+    "DENSE",
     "PLATFORM_API",
     "ApiRange",
     "AttentionBatch",
@@ -104,7 +105,6 @@ __all__ = [
     "Value",
     "View",
     "WeightPacker",
-    "check_contract",
 ]
 
 # ---------------------------------------------------------------------------------------------
@@ -145,6 +145,13 @@ class Communicator(Contract):
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def abort(self) -> None:
+        """The group cannot go on, and its other members were ended: end what waits for them on
+        the host and on the device's queue, so that a wait for an event returns; what the queue
+        computes after that is nobody's. Called from another thread than the one that may be in a
+        collective; later collectives raise RuntimeError, and `close` may still follow."""
+        self.close()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -193,7 +200,8 @@ class Device(Contract):
 
     @abstractmethod
     def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
-        """Persistent memory, uninitialised, accounted under `tag`."""
+        """Persistent memory, uninitialised, accounted under `tag` as the bytes that were asked
+        for, until the tensor ends."""
 
     @abstractmethod
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -269,8 +277,9 @@ class Platform(Contract):
 
     @abstractmethod
     def open(self, device: int = 0, num_threads: int | None = None) -> Device:
-        """Initialise a device. `num_threads` bounds the host's compute threads (None: the
-        platform's choice; a platform that computes elsewhere ignores it)."""
+        """Initialise a device; it may be opened more than once. `num_threads` bounds the host's
+        compute threads (None: the platform's choice; a platform that computes elsewhere ignores
+        it). Raises ValueError for a device that the probe does not name."""
 
     @abstractmethod
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
@@ -287,14 +296,18 @@ class Platform(Contract):
         return KVConstraints()
 
     def step_limits(self, plan: Mapping[str, Any]) -> StepLimits:
+        """`plan`: the engine's arguments by name, as they were asked for (None, "auto": not
+        decided yet)."""
         return StepLimits()
 
     def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
-        """Findings on a resolved configuration (flat names → values). Changes nothing."""
+        """Findings on a plan: the engine's arguments by name, lengths, dtypes and limits resolved.
+        Changes nothing; the plan that its adjustments lead to is not asked about again."""
         return ()
 
     def process_env(self, rank: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
-        """Environment for a worker process, applied before it is spawned. Pure."""
+        """Environment for a worker process, applied before it is spawned. Pure. `plan` holds
+        `tensor_parallel_size` and `num_threads` (None: the platform's choice)."""
         return {}
 
     def communicator(self, group: GroupSpec, device: Device) -> Communicator:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +19,10 @@ from trimaran.platforms.gpu_platform import GpuPlatform
 from trimaran.platforms.interface import (
     AttentionBatch,
     AttentionSpec,
+    Communicator,
     Device,
     DeviceOutOfMemory,
+    GroupSpec,
     KVRegion,
     PackedWeight,
 )
@@ -158,3 +163,32 @@ def _there(device: Device, argument: Any) -> Any:
 
 def _all(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def test_abort_ends_a_collective_that_nobody_else_joins(
+    platform: GpuPlatform, tmp_path: Path
+) -> None:
+    """Two members in one process; the second one never comes to the collective."""
+    indices = [info.index for info in platform.probe().devices]
+    if len(indices) < 2 or not torch.distributed.is_nccl_available():
+        pytest.skip("two cards, and a torch with NCCL, are needed")
+    devices = [platform.open(index) for index in indices[:2]]
+
+    def join(rank: int) -> Communicator:
+        group = GroupSpec(rank, 2, f"file://{tmp_path}/group", timeout=300.0)
+        return platform.communicator(group, devices[rank])
+
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(join, (0, 1))
+    tensor = devices[0].alloc((1024,), torch.float32, tag="test")
+    event = devices[0].launch(lambda: None if first.all_reduce(tensor) is tensor else None)
+    time.sleep(1.0)
+    assert not event.done()
+    first.abort()
+    deadline = time.monotonic() + 30
+    while not event.done():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second.abort()
+    for device in devices:
+        device.close()
