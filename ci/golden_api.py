@@ -24,15 +24,17 @@ def signatures(interface: ModuleType, ops: ModuleType) -> str:
     for name in interface.__all__:
         member = getattr(interface, name)
         if inspect.isclass(member):
-            lines += [f"{name}{line}" for line in class_lines(member, interface.Contract)]
+            lines += [f"{name}{line}" for line in class_lines(member)]
+        elif not isinstance(member, tuple):  # an alias, or a name that stands for itself
+            lines.append(f"{name} = {member}")
     for name, spec in sorted(ops.OPS.items()):
         need = "required" if spec.required else f"= {' + '.join(spec.composition)}"
         lines.append(f"op {name}{inspect.signature(spec.reference)} {need}")
     lines += [f"chain {' + '.join(chain)}" for chain in ops.CHAINS]
-    return "\n".join(lines).replace("'", "") + "\n"
+    return "\n".join(lines).replace("''", '""').replace("'", "") + "\n"
 
 
-def class_lines(cls: type[Any], contract: type[Any]) -> list[str]:
+def class_lines(cls: type[Any]) -> list[str]:
     bases = ", ".join(base.__name__ for base in cls.__bases__ if base is not object)
     lines = [f"({bases})"]
     if dataclasses.is_dataclass(cls):
@@ -41,10 +43,9 @@ def class_lines(cls: type[Any], contract: type[Any]) -> list[str]:
             lines.append(f".{field.name}: {field.type}{default}")
     else:
         lines += [f".{name}: {kind}" for name, kind in sorted(annotations(cls).items())]
-    if issubclass(cls, contract):
-        for name, member in sorted(vars(cls).items()):
-            if not name.startswith("_") or name == "__call__":
-                lines += method_lines(name, member)
+    for name, member in sorted(vars(cls).items()):
+        if not name.startswith("_") or name == "__call__":
+            lines += method_lines(name, member)
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.args import EngineArgs, flag_fields
 from ..core.errors import TrimaranError
-from .flags import add_flags, build
+from .flags import add_flags, build, number
 from .serve import add_model, take_model
 
 # What decides between implementations.
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--trial-seconds",
-        type=float,
+        type=number(float, 1),
         metavar="S",
         help="What importing and probing an installed platform may take, the first time.",
     )
@@ -71,11 +71,19 @@ def build_report(args: EngineArgs, trial_seconds: float) -> dict[str, Any]:
     try:
         platform = make_platform(args.platform)
         report["chosen"] = platform.name
-        report["facts"] = dict(platform.describe())
+        report["facts"] = _facts(platform)
         report["ops"] = _ops(platform, args)
     except TrimaranError as error:
         report["error"] = error.message
     return report
+
+
+def _facts(platform: Any) -> dict[str, str]:
+    """What the platform says of itself; that it cannot is a fact, too."""
+    try:
+        return dict(platform.describe())
+    except Exception as error:
+        return {"describe": f"fails: {type(error).__name__}: {error}"}
 
 
 def _ops(platform: Any, args: EngineArgs) -> list[dict[str, Any]]:

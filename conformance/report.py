@@ -77,6 +77,11 @@ class Report:
         return not self.partial and len(self.skipped) > allowed
 
     @property
+    def unproved(self) -> list[str]:
+        """Levels of which every check was skipped."""
+        return [level for level, counts in self.totals().items() if not counts[PASSED]]
+
+    @property
     def ok(self) -> bool:
         return bool(self.outcomes) and not self.failures and not self.over_budget
 
@@ -147,6 +152,8 @@ class Report:
         if not self.outcomes:
             return f"{self.platform or self.reference}: no check is of that name"
         said = "conforms" if self.ok else "does not conform"
+        if self.ok and self.unproved:
+            said += f", but nothing of {' and '.join(self.unproved)} was run"
         if self.ok and self.partial:
             said = "conforms as far as it was asked"
         over = ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -78,8 +80,9 @@ class Contract(ABC):
     """Base of the contract's classes. A subclass that overrides a member with another signature,
     or answers unknown attributes through `__getattr__`, is refused when it is defined.
 
-    The direct subclasses are the contract; theirs are implementations. One that was written for
-    another version than this engine's says so by `api` and is not checked: `negotiate` decides.
+    The direct subclasses are the contract; theirs are implementations. Those that were written for
+    another version than this engine's are not checked (`negotiate` decides): a class says so by
+    `api`, a package by its manifest.
     """
 
     api: ClassVar[ApiRange]
@@ -87,14 +90,31 @@ class Contract(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         contract = next((base for base in cls.__mro__[1:] if Contract in base.__bases__), None)
-        if contract is not None and PLATFORM_API in getattr(cls, "api", _ANY):
-            check_contract(cls, contract)
+        if contract is None or _UNCHECKED.get() or PLATFORM_API not in getattr(cls, "api", _ANY):
+            return
+        for base in cls.__mro__[: cls.__mro__.index(contract)]:
+            if base is cls or not issubclass(base, Contract):  # itself and what is mixed in
+                check_contract(base, contract)
+
+
+_UNCHECKED: ContextVar[bool] = ContextVar("unchecked", default=False)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Classes defined inside belong to a package that was written for another version."""
+    token = _UNCHECKED.set(True)
+    try:
+        yield
+    finally:
+        _UNCHECKED.reset(token)
 
 
 _SEVERAL: Mapping[Any, str] = {
     inspect.Parameter.VAR_POSITIONAL: "*",
     inspect.Parameter.VAR_KEYWORD: "**",
 }
+_KINDS = (classmethod, staticmethod, property)
 _ANY = ApiRange((0, 0), (1 << 30, 0))
 
 
@@ -107,14 +127,9 @@ def check_contract(cls: type, contract: type) -> None:
         ours = inspect.getattr_static(contract, name, None)
         if name.startswith("__") or not _is_method(ours):  # `__call__` is each op's own
             continue
-        kind = type(ours) if isinstance(ours, classmethod | property) else None
-        same_kind = (
-            isinstance(theirs, kind)
-            if kind
-            else not isinstance(theirs, classmethod | staticmethod | property)
-        )
+        same_kind = all(isinstance(theirs, k) == isinstance(ours, k) for k in _KINDS)
         expected = _parameters(ours)
-        if not same_kind or not callable(getattr(cls, name)) or expected != _parameters(theirs):
+        if not same_kind or expected != _parameters(theirs):
             raise TypeError(
                 f"{cls.__name__}.{name}({', '.join(_parameters(theirs))}) does not match the "
                 f"platform contract's {name}({', '.join(expected)}) "
@@ -123,7 +138,7 @@ def check_contract(cls: type, contract: type) -> None:
 
 
 def _is_method(member: object) -> bool:
-    return inspect.isfunction(member) or isinstance(member, classmethod | staticmethod)
+    return inspect.isfunction(member) or isinstance(member, classmethod)
 
 
 def _parameters(member: Any) -> list[str]:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .interface import Device
 
 
+DENSE = "dense"
+"""Format of a weight left as it is: `tensors[0]` is `[out_features, in_features]`."""
+
+
 @dataclass(frozen=True, slots=True)
 class OpSignature:
     """What is known of an op's use when the model is built: dtype and the static sizes

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from typing import TYPE_CHECKING
 
-from .api import ApiRange, negotiate, version_text
+from . import api
+from .api import ApiRange, negotiate, unchecked, version_text
 from .interface import DeviceInfo, Platform, Probe
 
 if TYPE_CHECKING:
@@ -26,7 +28,9 @@ def load(reference: str, name: str = "", asked: SpecifierSet | None = None) -> t
     way it is not a platform of this engine.
     """
     module_name, _, attribute = reference.partition(":")
-    cls = getattr(importlib.import_module(module_name), attribute)
+    foreign = asked is not None and version_text(api.PLATFORM_API) not in asked
+    with unchecked() if foreign else contextlib.nullcontext():
+        cls = getattr(importlib.import_module(module_name), attribute)
     if not (isinstance(cls, type) and issubclass(cls, Platform)):
         raise TypeError(f"{reference} is not a Platform class.")
     declared = getattr(cls, "api", None)

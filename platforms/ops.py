@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .interface import DENSE as DENSE
 from .interface import OpImpl, OpSignature, PackedWeight, Support, WeightPacker
-
-DENSE = "dense"
-"""Format of a weight left as it is: `tensors[0]` is `[out_features, in_features]`."""
 
 
 class Tolerance(NamedTuple):

@@ -69,12 +69,12 @@ def choose(name: str = "auto") -> type[Platform]:
     """The class of the platform `name`, or for `auto` of the usable one with the highest score.
     `module:Class` names a class that need not be installed: a vendor's work in progress.
 
-    Each broken package is a warning, once in a process. Raises `PlatformUnavailable`, listing each
+    With `auto` each broken package is a warning, once in a process. Raises `PlatformUnavailable`, listing each
     platform and its reason.
     """
     if ":" in name:
         return _usable(_examine(EntryPoint("", name, GROUP)), name)
-    for entry in _BUILT_IN:
+    for entry in (*_BUILT_IN, *_installed()):
         if entry.name == name:  # whoever asks for it does not wait for the others
             return _usable(_examine(entry), name)
     candidates = available()
@@ -82,7 +82,7 @@ def choose(name: str = "auto") -> type[Platform]:
         if candidate.cls is None:
             _warn_once(f"platform {candidate.name} ({candidate.origin}): {candidate.probe.reason}")
     for candidate in candidates:
-        if candidate.cls is not None and candidate.usable and name in ("auto", candidate.name):
+        if candidate.cls is not None and candidate.usable and name == "auto":
             return candidate.cls
     raise _unavailable(name, candidates)
 

@@ -93,6 +93,26 @@ def test_getattr_is_refused() -> None:
                 return None
 
 
+def test_what_is_mixed_in_is_checked_too() -> None:
+    class Mixin:
+        def open(self, device: int) -> Any:
+            raise NotImplementedError
+
+    class Answering:
+        def __getattr__(self, name: str) -> Any:
+            return None
+
+    with pytest.raises(TypeError, match=r"Mixin\.open\(self, device\) does not match"):
+
+        class Wrong(Mixin, Minimal):  # type: ignore[misc]
+            pass
+
+    with pytest.raises(TypeError, match="Answering defines __getattr__"):
+
+        class Vague(Answering, Minimal):
+            pass
+
+
 def test_every_class_of_the_contract_is_checked() -> None:
     with pytest.raises(TypeError, match=r"Wrong\.alloc\(self, shape, dtype, name\).*alloc\(self,"):
 
