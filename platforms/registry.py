@@ -69,8 +69,8 @@ def choose(name: str = "auto") -> type[Platform]:
     """The class of the platform `name`, or for `auto` of the usable one with the highest score.
     `module:Class` names a class that need not be installed: a vendor's work in progress.
 
-    With `auto` each broken package is a warning, once in a process. Raises `PlatformUnavailable`, listing each
-    platform and its reason.
+    With `auto` each broken package is a warning, once in a process. Raises `PlatformUnavailable`,
+    listing each platform and its reason.
     """
     if ":" in name:
         return _usable(_examine(EntryPoint("", name, GROUP)), name)
