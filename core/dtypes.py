@@ -13,6 +13,8 @@ from .errors import ConfigError
 
 logger = logging.getLogger("trimaran.resolve")
 
+HALVES = ("bfloat16", "float16")
+
 
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -43,10 +45,11 @@ def choose_dtype(
     wanted = wanted.removeprefix("torch.")
     if known.get(wanted) == "native":
         return dtype_of(wanted)
-    # A 16-bit checkpoint stays in 16 bits where the platform is fast at any of them.
-    fallback = "float32"
-    if wanted in ("float16", "bfloat16") and known.get("bfloat16") == "native":
-        fallback = "bfloat16"
+    # A 16-bit checkpoint stays in 16 bits where the platform is fast at any of them. bfloat16
+    # holds whatever float16 does; the other way values over 65,504 are infinite, which few
+    # checkpoints have, and fp32 would take twice the memory.
+    halves = HALVES if wanted in HALVES else ()
+    fallback = next((half for half in halves if known.get(half) == "native"), "float32")
     state = known.get(wanted, "unknown")
     logger.info(
         "dtype=%s: the checkpoint's %s is %s on platform %s", fallback, wanted, state, platform

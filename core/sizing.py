@@ -16,6 +16,9 @@ from .ops import OpBinder
 HOST_SHARE = 0.5
 """Most of a host's free memory that a KV cache takes unasked: others live there too."""
 
+HEADROOM = 0.1
+"""Share of a device's memory that a KV cache leaves free, however much others hold."""
+
 
 def readable(size: float) -> str:
     """Bytes for people."""
@@ -179,12 +182,17 @@ def _does_not_fit(
 def default_budget(
     memory: MemoryInfo, held: int, *, share: float, on_host: bool, ranks: int
 ) -> int:
-    """Bytes for one rank's KV cache: what `share` of the memory leaves beside the `held` bytes
-    that all ranks take for other things. On a host, where all ranks share what is free, at most
-    HOST_SHARE of it."""
+    """Bytes for one rank's KV cache: what is left of its `share` of the memory beside the `held`
+    bytes that all ranks take for other things.
+
+    Of what is free now, 1 - `share` of the whole stays so, HEADROOM at most: for what is not
+    counted, and for others on the device. (All of 1 - `share` would leave the second of two
+    engines with a share of 0.45 each nothing.) On a host, where all ranks share what is free, at
+    most HOST_SHARE of that."""
     if on_host:
         return int((memory.free - held) * min(share, HOST_SHARE)) // ranks
-    return int(min(memory.total * share, memory.free) - held / ranks)
+    left = memory.free - memory.total * min(1 - share, HEADROOM)
+    return int(min(memory.total * share, left) - held / ranks)
 
 
 def check_free(wanted: int, free: int) -> None:

@@ -20,7 +20,8 @@ from trimaran.core.errors import ConfigError, KVMemoryError, ModelLoadError, Pla
 from trimaran.core.log_lines import LogStyle
 from trimaran.core.model_files import resolve_model_path
 from trimaran.core.resolve import resolve
-from trimaran.platforms.interface import Finding, Platform, StepLimits
+from trimaran.core.sizing import default_budget
+from trimaran.platforms.interface import Finding, MemoryInfo, Platform, StepLimits
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 
 CONFIG: dict[str, Any] = {
@@ -178,6 +179,8 @@ def test_generation_defaults(model: Callable[..., str]) -> None:
     [
         (("float32", "bfloat16"), "auto", "bfloat16", torch.bfloat16),
         (("float32",), "auto", "bfloat16", torch.float32),
+        (("float32", "float16"), "auto", "bfloat16", torch.float16),
+        (("float32", "float16"), "auto", "float32", torch.float32),
         (("float32", "bfloat16"), "auto", "float16", torch.bfloat16),
         (("float32",), "auto", None, torch.float32),
         (("float32", "bfloat16"), "auto", "float64", torch.float32),
@@ -278,6 +281,23 @@ def test_auto_length_is_what_fits(model: Callable[..., str]) -> None:
     assert 0 < config.model.max_model_len < 1024
     with pytest.raises(KVMemoryError):
         make(model(), max_model_len=str(config.model.max_model_len + 1), **args)
+
+
+@pytest.mark.parametrize(
+    ("free", "share", "expected"),
+    [
+        (100, 0.9, 90 - 20),  # nobody else is there: the share
+        (97, 0.9, 87 - 20),  # the process's own context is none of the headroom
+        (50, 0.9, 40 - 20),  # others hold half: a tenth of the whole stays free
+        (55, 0.45, 45 - 20),  # the second engine of two that share a device
+        (50, 0.99, 49 - 20),
+        (15, 0.9, 5 - 20),
+    ],
+)
+def test_a_device_that_others_use_is_not_filled(free: int, share: float, expected: int) -> None:
+    memory = MemoryInfo(100 << 20, free << 20, {})
+    found = default_budget(memory, 40 << 20, share=share, on_host=False, ranks=2)
+    assert found == pytest.approx(expected * 2**20, abs=2)
 
 
 def test_more_than_the_machine_has(model: Callable[..., str]) -> None:
