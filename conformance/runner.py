@@ -25,12 +25,17 @@ from ..core.env import child_environment
 from ..platforms.api import PLATFORM_API, version_text
 from .base import Level, Subject
 from .report import FAILED, SKIP_BUDGET, Outcome, Report
-from .worker import ENDING, FACTS, LISTING, Message, Request, answers
+from .worker import ASK_FRAMES, ENDING, FACTS, LISTING, Message, Request, answers
 
 TIME_LIMIT = 300.0
-"""Seconds that one check may take, unless it says otherwise."""
+"""Seconds that one check may take, unless it says otherwise. Another limit makes the time of those
+that say so longer or shorter by as much."""
+
+START_SECONDS = 120.0
+"""Seconds that a child has, at least, to import all it needs and say its first word."""
 
 MAX_DEATHS = 12  # children of one level that may die before the rest of it is given up
+WRITE_WITHIN = 5.0  # seconds that a child that hangs has to write down where
 END_WITHIN = 15.0  # seconds that a child has to end after its last check
 STDERR_SHOWN = 3000  # characters
 
@@ -202,8 +207,8 @@ class _Child:
 
     def messages(self, limit: float) -> Iterator[Message]:
         """Until the last one. Raises `_Died` for a child that ends before it, or does not go on
-        within `limit` seconds."""
-        heard, allowed, ended = time.monotonic(), limit, False
+        within `limit` seconds (a check that has its own time: within its share of that)."""
+        heard, allowed, ended = time.monotonic(), max(START_SECONDS, limit), False
         try:
             while True:
                 try:
@@ -215,7 +220,7 @@ class _Child:
                     break
                 message = json.loads(line)
                 heard, ended = time.monotonic(), "end" in message
-                allowed = message.get("seconds") or limit
+                allowed = (message.get("seconds") or TIME_LIMIT) * limit / TIME_LIMIT
                 yield message
             status = self._process.wait()
             if status or not ended:
@@ -231,9 +236,10 @@ class _Child:
         self._lines.put("")
 
     def _end_hung(self, limit: float) -> str:
-        """SIGABRT first: the child's fault handler then writes down where its threads are."""
-        self._signal(signal.SIGABRT)
-        time.sleep(0.5)
+        """Asked first to write down where its threads are."""
+        self._signal(ASK_FRAMES)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(WRITE_WITHIN)
         return f"did not end within {limit:g} s" + self._last_words()
 
     def _last_words(self) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -35,6 +36,9 @@ FACTS = "facts"
 
 ENDING = "process"
 """The name of the outcome of a level whose process did not end as it should, its checks done."""
+
+ASK_FRAMES = signal.SIGUSR1
+"""Makes a worker write down where its threads are, and end."""
 
 THREADS_END_WITHIN = 2.0  # seconds that the threads of a closed device have
 FRAMES_SHOWN = 3
@@ -162,7 +166,10 @@ def _told(error: Exception) -> tuple[str, str, int | None]:
 
 def main() -> int:
     """Request on stdin, messages on stdout; what the platform prints goes to stderr."""
-    faulthandler.enable()
+    # Of a crash the one thread's frames: the others run on, and change under whoever walks theirs.
+    faulthandler.enable(all_threads=False)
+    # Of a hang all frames, and then (the handler there was before) its end.
+    faulthandler.register(ASK_FRAMES, all_threads=True, chain=True)
     answer = _take_stdout()
     values = json.loads(sys.stdin.readline())
     sys.path[:] = values["path"]

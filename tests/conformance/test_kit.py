@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import queue
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from trimaran.cli.main import main
-from trimaran.conformance import l0_contract, shrink
+from trimaran.conformance import l0_contract, runner, shrink
 from trimaran.conformance.base import Check, Failed, Level, Skipped, Subject
 from trimaran.conformance.cases import CASES
 from trimaran.conformance.compare import difference
@@ -25,7 +26,7 @@ from trimaran.conformance.lab import Guarded
 from trimaran.conformance.levels import LEVELS, level
 from trimaran.conformance.report import Outcome, Report
 from trimaran.conformance.runner import run_kit
-from trimaran.conformance.worker import run_check, selected
+from trimaran.conformance.worker import Request, run_check, selected
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.ops import EXACT, OPS, Tolerance
 
@@ -172,6 +173,47 @@ def test_a_crash_or_a_hang_fails_one_check(name: str, said: str) -> None:
     crashed = next(one for one in report.failures if one.name == "add/vendor/float32")
     assert said in crashed.detail
     assert "buggy_platforms.py" in crashed.detail, "where it was is told"
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "messages, limit, allowed",
+    [
+        ([], 0.1, 0.6),  # to start
+        ([{"start": "slow", "seconds": 600.0}], 150.0, 300.0),
+        ([{"start": "quick", "seconds": 3.0}], 30.0, 0.3),
+        ([{"start": "usual", "seconds": None}], 0.2, 0.2),
+    ],
+)
+def test_time_limits_scale_what_a_check_says(
+    messages: Sequence[dict[str, object]],
+    limit: float,
+    allowed: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[float] = []
+
+    class Lines:
+        """Of a child that says `messages` and then nothing."""
+
+        def __init__(self) -> None:
+            self._left = [json.dumps(one) for one in messages]
+
+        def put(self, line: str) -> None:
+            pass
+
+        def get(self, timeout: float) -> str:
+            asked.append(timeout)
+            if not self._left:
+                raise queue.Empty
+            return self._left.pop(0)
+
+    monkeypatch.setattr(runner, "START_SECONDS", 0.6)
+    monkeypatch.setattr(runner.queue, "SimpleQueue", Lines)
+    child = runner._Child(Request(Subject("strict"), "L0").to_json())
+    with pytest.raises(runner._Died, match="did not end within"):
+        list(child.messages(limit))
+    assert asked[0] == max(0.6, limit) and asked[-1] == pytest.approx(allowed)
 
 
 @pytest.mark.real
