@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,12 +17,16 @@ from ..core.engine.messages import AddRequests, EngineRequest, StepMessage
 from ..core.plan import StepPlan
 from ..core.sampling_params import SamplingParams
 from ..core.types import PositionLogprobs, Prompt
-from ..platforms.interface import AttentionSpec, Device, StepLimits
+from ..platforms.interface import Device, StepLimits
+from .attention_specs import block_sizes, spec_for
 from .base import Failed, Subject
 from .models import MODELS, oracle
 
 MAX_POLLS = 20_000
-MAX_LEN = 192  # tokens of a sequence, unless a check says otherwise
+MAX_LEN = 192  # tokens of a sequence where blocks are small, unless a check says otherwise
+SMALL_BLOCK = 32
+"""Tokens. Where the smallest block that a platform allows is larger, sequences are longer in the
+same proportion, so that they still fill blocks and go on in others."""
 
 
 @dataclass
@@ -134,7 +139,8 @@ def dtype_of(subject: Subject) -> str:
 
 
 def limits_of(subject: Subject) -> StepLimits:
-    return subject.platform().step_limits({})
+    """Those of an engine with the usual settings, asked as `core.resolve` asks."""
+    return subject.platform().step_limits(dataclasses.asdict(_usual_args(subject)))
 
 
 def most_tokens(subject: Subject, wanted: int) -> int:
@@ -146,28 +152,38 @@ def most_tokens(subject: Subject, wanted: int) -> int:
 
 def block_size_of(subject: Subject, at_least: int = 8) -> int:
     """A block that the platform allows, small so that sequences cross many borders."""
-    dtype = getattr(torch, dtype_of(subject))
-    spec = AttentionSpec(4, 2, 64, 0.125, dtype, dtype, block_size=1)
-    multiple = subject.platform().kv_constraints(spec).block_multiple
-    return multiple * -(-at_least // multiple)
+    spec = spec_for(subject, dtype=getattr(torch, dtype_of(subject)))
+    smallest = min(block_sizes(subject.platform(), spec))
+    return smallest * -(-at_least // smallest)
+
+
+def scaled(subject: Subject, tokens: int) -> int:
+    """`tokens`, or more where blocks cannot be small."""
+    return tokens * max(block_size_of(subject), SMALL_BLOCK) // SMALL_BLOCK
+
+
+def scaled_all(subject: Subject, lengths: Sequence[int]) -> tuple[int, ...]:
+    return tuple(scaled(subject, length) for length in lengths)
 
 
 def engine_args(subject: Subject, model: str, **settings: Any) -> EngineArgs:
     """`model` is one of `MODELS`; `settings` are fields of `EngineArgs`."""
-    values: dict[str, Any] = {
-        "model": oracle(model).path if model in MODELS else model,
-        "platform": subject.reference,
-        "device": subject.device,
-        "dtype": dtype_of(subject),
-        "max_model_len": str(MAX_LEN),
-        "max_num_seqs": 16,
-        "kv_cache_memory_bytes": "16M",
-        "num_threads": 1,
-    }
-    values |= settings
+    values = {"model": oracle(model).path if model in MODELS else model, **settings}
     if values.get("max_num_batched_tokens"):
         values["max_num_batched_tokens"] = most_tokens(subject, values["max_num_batched_tokens"])
-    return EngineArgs(**values)
+    return dataclasses.replace(_usual_args(subject), **values)
+
+
+def _usual_args(subject: Subject) -> EngineArgs:
+    return EngineArgs(
+        platform=subject.reference,
+        device=subject.device,
+        dtype=dtype_of(subject),
+        max_model_len=str(scaled(subject, MAX_LEN)),
+        max_num_seqs=16,
+        kv_cache_memory_bytes=f"{scaled(subject, 16)}M",
+        num_threads=1,
+    )
 
 
 @contextmanager

@@ -24,13 +24,16 @@ from .engines import (
     most_tokens,
     open_session,
     request,
+    scaled,
+    scaled_all,
 )
 from .models import MODELS, WINDOW, Case, cases, describe, oracle
 from .scenarios import Ran, Scenario, judge
 
 NUM_TOKENS = 12
 LENGTHS = (2, 9, 16, 24, 31, 49, 61, 77)
-"""Prompt lengths: around block and chunk borders, and beyond the sliding window."""
+"""Prompt lengths: around block and chunk borders, and beyond the sliding window; longer where
+blocks cannot be small."""
 
 LOGPROB_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.06}
 """|found - expected| of a log-probability; expected is fp32's. The weights of these models are
@@ -71,7 +74,8 @@ def _models(subject: Subject, *quick: str) -> Iterable[str]:
 
 
 def _cases(subject: Subject, model: str, count: int = NUM_TOKENS) -> tuple[Case, ...]:
-    return tuple(cases(model, LENGTHS, count, subject.seed_of("L3", model)))
+    lengths = scaled_all(subject, LENGTHS)
+    return tuple(cases(model, lengths, count, subject.seed_of("L3", model)))
 
 
 def _few(subject: Subject, model: str) -> tuple[Case, ...]:
@@ -94,12 +98,12 @@ def every_model(subject: Subject) -> Figures:
 
 
 def whole_prefill(subject: Subject) -> Figures:
-    longest = most_tokens(subject, MAX_LEN)
+    longest = most_tokens(subject, scaled(subject, MAX_LEN))
     settings = {
         "enable_chunked_prefill": False,
         "enable_prefix_caching": False,
         "max_model_len": str(longest),
-        "max_num_batched_tokens": MAX_LEN,
+        "max_num_batched_tokens": longest,
         "max_num_seqs": min(8, longest),
         "block_size": block_size_of(subject),
     }
@@ -166,6 +170,7 @@ def prefix_cache(subject: Subject) -> Figures:
         if cut:
             head = oracle(model).case(longest.prompt[: cut + 1], NUM_TOKENS)
             _longer(subject, model, settings, head, longest, cut)
+    _expect(num_cached > 0, "no prompt was longer than a block")
     return {"cached tokens": num_cached}
 
 
@@ -225,7 +230,9 @@ def block_sizes(subject: Subject) -> Figures:
 
 def sliding_window(subject: Subject) -> Figures:
     """Blocks before the window are given back while a sequence runs, and others take them."""
-    lengths = (WINDOW - 2, 2 * WINDOW, 5 * WINDOW, 3 * WINDOW + 1, WINDOW + 1)
+    windows = (WINDOW - 2, 2 * WINDOW, 5 * WINDOW, 3 * WINDOW + 1, WINDOW + 1)
+    lengths = scaled_all(subject, windows)
+    _expect(max(lengths) > WINDOW + block_size_of(subject), "no block lies before the window")
     found = tuple(cases("mistral", lengths, 30, subject.seed_of("window")))
     for caching in (False,) if subject.quick else (False, True):
         settings = {

@@ -35,7 +35,7 @@ _COMMON: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 16384,  # sequences are longer where blocks are large
     "initializer_range": 0.15,
     "bos_token_id": 1,
     "eos_token_id": 2,

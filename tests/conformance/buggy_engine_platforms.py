@@ -25,6 +25,7 @@ from trimaran.platforms.interface import (
     DeviceOutOfMemory,
     Event,
     GroupSpec,
+    KVConstraints,
     LayerKV,
     StepFn,
     StepGraph,
@@ -103,6 +104,20 @@ class CompiledPlatform(StrictPlatform):
     def __init__(self) -> None:
         limits = StepLimits(token_buckets=(16, 64, 256), mixed_batches=False)
         super().__init__(StrictKnobs(delay=0.0, compile_steps=True, limits=limits))
+
+
+class LargeBlocksPlatform(StrictPlatform):
+    """No bug: its blocks cannot be small."""
+
+    def __init__(self) -> None:
+        super().__init__(StrictKnobs(delay=0.0, block_multiple=128, preferred_block_size=128))
+
+
+class AlignedPlatform(StrictPlatform):
+    """No bug: the bytes of a block, not its tokens, say how small it can be."""
+
+    def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
+        return KVConstraints(alignment=16384)
 
 
 class StaleMetadataPlatform(CompiledPlatform):

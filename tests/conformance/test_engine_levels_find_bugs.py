@@ -114,10 +114,19 @@ def test_no_level_below_fails(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["cpu", "strict", "buggy_engine_platforms:CompiledPlatform"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu",
+        "strict",
+        "buggy_engine_platforms:CompiledPlatform",
+        "buggy_engine_platforms:LargeBlocksPlatform",
+        "buggy_engine_platforms:AlignedPlatform",
+    ],
+)
 def test_engines_on_our_platforms_pass(name: str) -> None:
     found = outcomes(Subject(name, quick=True), "L3")
-    assert [one.full_name for one in found if one.status != PASSED] == []
+    assert [(one.full_name, one.detail) for one in found if one.status != PASSED] == []
     assert len(found) >= 14
 
 
