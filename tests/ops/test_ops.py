@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimaran.conformance.cases import CASES, INDEXED, SPECIAL, SPREADS, normal
+from trimaran.conformance.cases import CASES, INDEXED, SPECIAL, SPREADS, OpCase, normal
+from trimaran.conformance.compare import as_tuple
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.interface import OpImpl, OpSignature, PackedWeight, Platform, WeightPacker
@@ -94,6 +95,34 @@ def test_places_nan_and_infinity_where_the_reference_does(
         check(found, expected, OPS[impl.op].tolerance[dtype])
         if impl.op not in SPREADS:
             assert found[0][[0, 2]].isfinite().all()
+
+
+def copied(arg: Any) -> Any:
+    return arg.clone() if isinstance(arg, Tensor) else arg  # `copy` writes to it
+
+
+def widened(arg: Any) -> Any:
+    if isinstance(arg, PackedWeight):
+        return PackedWeight(arg.format, arg.shape, tuple(map(widened, arg.tensors)))
+    floating = isinstance(arg, Tensor) and arg.dtype.is_floating_point
+    return arg.double() if floating else arg
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_one_who_rounds_once_is_within_the_tolerance(op: str, dtype: torch.dtype) -> None:
+    """Computed in float64 and then rounded: nobody can be nearer to what the op means."""
+    spec = OPS[op]
+    for variant in CASES[op]:
+        for seed in range(20):
+            args = OpCase(op, variant, 33, dtype, seed).arguments()
+            wide = [widened(arg) for arg in args]
+            if op == "rope":  # cosine and sine are rounded by definition
+                wide[3] = wide[3].to(dtype).double()
+            expected = as_tuple(spec.reference(*map(copied, args)))
+            exact = as_tuple(spec.reference(*wide))
+            found = tuple(one.to(like.dtype) for one, like in zip(exact, expected, strict=True))
+            check(found, expected, spec.tolerance[dtype])
 
 
 def test_every_op_has_cases_and_a_tolerance_for_every_dtype() -> None:
