@@ -14,6 +14,7 @@ from torch import Tensor
 from . import host
 from .interface import Device, DeviceOutOfMemory, Event, KVRegion, MemoryInfo
 from .ledger import MemoryLedger
+from .transfers import move_blocks
 
 
 class FinishedEvent(Event):
@@ -69,7 +70,8 @@ class HostDevice(Device):
         return tensor.clone()
 
     def move_blocks(self, regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
-        move_blocks(regions, pairs)
+        if pairs:
+            move_blocks(regions, torch.tensor(pairs, dtype=torch.int64))
 
     def synchronize(self) -> None:
         pass
@@ -111,12 +113,3 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
-
-
-def move_blocks(regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
-    """Copy blocks by torch; all sources are read before any target is written."""
-    if not pairs:
-        return
-    sources, targets = torch.tensor(pairs, dtype=torch.int64).unbind(1)
-    for region in regions:
-        region.tensor.index_copy_(0, targets, region.tensor.index_select(0, sources))

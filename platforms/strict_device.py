@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import host
-from .host_device import move_blocks, no_room_is_told
+from .host_device import no_room_is_told
 from .interface import Device, Event, KVRegion, MemoryInfo
 from .ledger import MemoryLedger
+from .transfers import move_blocks
 
 SENTINEL = -(2**30)
 """What integer memory holds before it is written (the dtype's least value if it is narrower)."""
@@ -110,7 +111,8 @@ class StrictDevice(Device):
     def move_blocks(self, regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
         if not self._inside():
             raise RuntimeError("move_blocks outside a launch.")
-        move_blocks(regions, pairs)
+        if pairs:
+            move_blocks(regions, torch.tensor(pairs, dtype=torch.int64))
 
     def synchronize(self) -> None:
         if self._last is not None and not self._inside():

@@ -27,7 +27,7 @@ from .interface import (
 )
 from .ledger import MemoryLedger
 from .torch_errors import translated
-from .transfers import pinned_like, upload
+from .transfers import move_blocks, pinned_like, upload
 
 
 class AcceleratorEvent(Event):
@@ -39,10 +39,14 @@ class AcceleratorEvent(Event):
         self._error = error
 
     def done(self) -> bool:
+        """Also where the device is lost: nothing more will come, and `wait` says why."""
         if self._event is None:
             return True
-        with self._device.guard():
-            return bool(self._event.query())
+        try:
+            with self._device.guard():
+                return bool(self._event.query())
+        except DeviceLost:
+            return True
 
     def wait(self) -> None:
         if self._event is not None:
@@ -163,10 +167,8 @@ class TorchAccelerator(Device):
         if not pairs:
             return
         with self._open():
-            both = upload(torch.tensor(pairs, dtype=torch.int64), self.torch_device)
-            sources, targets = both.unbind(1)
-            for region in regions:
-                region.tensor.index_copy_(0, targets, region.tensor.index_select(0, sources))
+            host = torch.tensor(pairs, dtype=torch.int64)
+            move_blocks(regions, upload(host, self.torch_device))
 
     def capture(self, work: Callable[[], None]) -> Graph | None:
         """Graphs of one device share a pool of memory: they are replayed one at a time."""
@@ -194,7 +196,7 @@ class TorchAccelerator(Device):
 
     def synchronize(self) -> None:
         if self.inside:
-            return
+            raise RuntimeError("synchronize inside a launch.")
         with self.guard():
             self._accelerator.default_stream(self._ordinal).synchronize()
             self._copies.synchronize()

@@ -1,9 +1,13 @@
-"""Copies from the host to an accelerator that nobody waits for."""
+"""Copies that nobody waits for: from the host to an accelerator, and between blocks of a cache."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from .interface import KVRegion
 
 
 def to_accelerator(host: Tensor, device: torch.device) -> Tensor:
@@ -20,3 +24,11 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
 def pinned_like(tensor: Tensor) -> Tensor:
     """Host memory for a copy of `tensor`, which an accelerator reads and writes by itself."""
     return torch.empty_like(tensor, device="cpu", pin_memory=True)
+
+
+def move_blocks(regions: Sequence[KVRegion], pairs: Tensor) -> None:
+    """Copy blocks (source, target) of `pairs` [n, 2], which lie where the regions do; all sources
+    are read before any target is written."""
+    sources, targets = pairs.unbind(1)
+    for region in regions:
+        region.tensor.index_copy_(0, targets, region.tensor.index_select(0, sources))

@@ -197,6 +197,26 @@ def test_a_launch_inside_a_launch_is_refused(device: TorchAccelerator) -> None:
         event.wait()
 
 
+def test_waiting_inside_a_launch_is_refused(device: TorchAccelerator) -> None:
+    event = device.launch(device.synchronize)
+    with pytest.raises(RuntimeError, match="inside a launch"):
+        event.wait()
+
+
+def test_a_loss_first_seen_by_who_only_watches(
+    device: TorchAccelerator, simulator: StreamSimulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = device.launch(lambda: None)
+
+    def query() -> bool:
+        raise RuntimeError(LOST)
+
+    monkeypatch.setattr(event._event, "query", query)
+    assert event.done()
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        event.wait()
+
+
 def test_a_lost_device_stays_lost(device: TorchAccelerator, simulator: StreamSimulator) -> None:
     def kernel() -> None:
         raise RuntimeError(LOST)
@@ -204,6 +224,7 @@ def test_a_lost_device_stays_lost(device: TorchAccelerator, simulator: StreamSim
     event = device.launch(lambda: simulator.queue(kernel))
     with pytest.raises(DeviceLost, match="illegal memory access"):
         event.wait()
+    assert event.done()  # asked by threads that only watch
     for use in (
         lambda: device.launch(lambda: None),
         lambda: device.alloc((1,), torch.float32, tag="test"),
