@@ -9,10 +9,13 @@ place in a graph, is noticed, and ends the trace.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...platforms.interface import (
@@ -90,8 +93,9 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self.nodes: list[StepNode] = []
         self.in_node = False
-        # By storage, the last first. Held, so that no later tensor can come to lie there.
-        self._made: dict[int, list[tuple[Value, Tensor]]] = {}
+        # By storage, the last first. A reference that is weak lets the memory go with the tensor,
+        # and yet no later storage can be taken for this one, as one at the same address could.
+        self._made: dict[StorageWeakRef, list[tuple[Value, _Layout]]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -114,7 +118,7 @@ class _Recording(TorchDispatchMode):
         outputs = () if found is None else found if isinstance(found, tuple) else (found,)
         for position, output in enumerate(outputs):
             made = self._made.setdefault(_storage(output), [])
-            made.insert(0, (Value(len(self.nodes), position), output))
+            made.insert(0, (Value(len(self.nodes), position), _Layout.of(output)))
         kinds = tuple(Output(tuple(made.shape), made.dtype) for made in outputs)
         self.nodes.append(StepNode(op, call, tuple(arguments), kinds))
         return found
@@ -127,13 +131,14 @@ class _Recording(TorchDispatchMode):
         made = self._made.get(_storage(argument))
         if made is None:
             return argument
+        layout = _Layout.of(argument)
         for value, output in made:
-            if _layout(output) == _layout(argument):
+            if output == layout:
                 return value
         for value, output in made:
-            if (offset := _offset(argument, output)) is not None:
-                return View(value, tuple(argument.shape), argument.stride(), offset)
-        raise TraceError(f"a view {_layout(argument)} lies in no contiguous output of an op")
+            if (offset := output.offset_of(layout)) is not None:
+                return View(value, layout.shape, layout.stride, offset)
+        raise TraceError(f"a view {tuple(layout)} lies in no contiguous output of an op")
 
 
 def _is_view(func: Any) -> bool:
@@ -142,20 +147,30 @@ def _is_view(func: Any) -> bool:
     return bool(returned) and all(alias and not alias.is_write for alias in returned)
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+class _Layout(NamedTuple):
+    """Where in its storage a tensor lies."""
 
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    contiguous: bool
 
-def _offset(view: Tensor, base: Tensor) -> int | None:
-    """Elements from the start of `base` to that of `view`; None if it is no view of it."""
-    offset = int(view.storage_offset() - base.storage_offset())
-    extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
-    inside = offset >= 0 and offset + extent <= base.numel()
-    return offset if inside and base.is_contiguous() and view.dtype == base.dtype else None
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Layout:
+        shape, contiguous = tuple(tensor.shape), tensor.is_contiguous()
+        return cls(int(tensor.storage_offset()), shape, tensor.stride(), tensor.dtype, contiguous)
+
+    def offset_of(self, view: _Layout) -> int | None:
+        """Elements from the start of this to that of `view`; None if it is no view of it."""
+        offset = view.offset - self.offset
+        extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
+        inside = offset >= 0 and offset + extent <= math.prod(self.shape)
+        return offset if inside and self.contiguous and view.dtype == self.dtype else None
 
 
 class TracedAttention(AttentionImpl):

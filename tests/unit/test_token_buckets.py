@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -283,6 +284,29 @@ def test_a_view_of_what_is_not_laid_out_in_rows_ends_the_trace() -> None:
     with pytest.raises(TraceError, match="lies in no contiguous output"):
         tracer.trace(toy)  # type: ignore[arg-type]
     assert toy.forward().tolist() == [1 + 1, 3 + 2], "the trace is over"
+
+
+def test_a_trace_lets_go_of_what_the_decoder_lets_go_of() -> None:
+    """Intermediate tensors of a long step are large; their addresses come again and again."""
+    tracer, alive, most = StepTracer(), weakref.WeakSet[Tensor](), []
+
+    def double(x: Tensor) -> Tensor:
+        made = x * 2
+        alive.add(made)
+        most.append(len(alive))
+        return made
+
+    class Long(Toy):
+        def forward(self) -> Tensor:
+            step, hidden = tracer.wrap("rms_norm", double), self.ids
+            for _ in range(20):
+                hidden = step(hidden.view(2, 2)).view(4)
+            return hidden
+
+    graph = tracer.trace(Long(tracer, lambda x: x))  # type: ignore[arg-type]
+    assert max(most) <= 2 and len(most) == 20
+    assert [n.arguments[0] for n in graph.nodes[1:]] == [Value(i) for i in range(19)]
+    assert interpret(graph)([]).tolist() == [2.0**20 * x for x in (1, 2, 3, 4)]
 
 
 def test_traced_attention_passes_on_all_of_the_contract() -> None:
