@@ -137,7 +137,9 @@ def sizes(op: str, args: Arguments) -> dict[str, int]:
         return {"vocab": args[1].shape[0], "hidden": args[1].shape[1]}
     if op.startswith("linear"):
         out_features, in_features = args[1].shape
-        return {"in_features": in_features, "out_features": out_features}
+        own = {"in_features": in_features, "out_features": out_features}
+        # Of a chain, the sizes of all parts (`OpBinder.bind_chain`).
+        return own | {"size": out_features // 2} if op.endswith("_mul") else own
     if op == "rope":
         return {"head_dim": first.shape[-1], "rope_dim": args[3].shape[-1]}
     if op == "sample":
@@ -165,7 +167,7 @@ class OpCase:
         if self.special is None:
             return args
         at = 1 if self.op in INDEXED else 0
-        bad = args[at].clone(memory_format=torch.preserve_format)
+        bad = same_layout(args[at])
         bad[min(1, len(bad) - 1)].view(-1)[0] = self.special
         return (*args[:at], bad, *args[at + 1 :])
 
@@ -179,6 +181,13 @@ class OpCase:
             f"{self.seed}{special}).arguments()\n"
             f"# {self.op}({shown})"
         )
+
+
+def same_layout(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, the gaps of a view included (which `clone` closes)."""
+    span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    whole = tensor.new_zeros(1 + span)
+    return whole.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
 
 def _shown(arg: Any) -> str:

@@ -68,6 +68,7 @@ def check_open(subject: Subject) -> None:
 def check_alloc(subject: Subject) -> None:
     """Memory of every shape and dtype, on the device, that holds what is written."""
     dtypes = (torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool)
+    generator = torch.Generator().manual_seed(subject.seed)
     with opened(subject) as device:
         for shape in ((), (0, 3), (1,), (3, 5), (129, 2, 7)):
             for dtype in dtypes:
@@ -78,7 +79,7 @@ def check_alloc(subject: Subject) -> None:
                 here = found.device.type == device.torch_device.type
                 expect(here, f"{said} is on {found.device}, not {device.torch_device}")
                 expect(found.is_contiguous(), f"{said} is not contiguous")
-                value = torch.randint(0, 2, shape).to(dtype)
+                value = torch.randint(0, 2, shape, generator=generator).to(dtype)
                 source = device.to_device(value)
                 on_device(device, partial(found.copy_, source))
                 expect(equal(fetch(device, found)[0], value), f"{said} does not keep its content")

@@ -3,7 +3,7 @@ and fusions; attention is in `l1_attention`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,10 +23,10 @@ from ..platforms.interface import (
 from ..platforms.ops import CHAINS, DENSE, OPS, DensePacker, ReferenceOp, Tolerance, chain
 from . import l1_attention
 from .attention_specs import dtypes
-from .base import Check, Failed, Measurements, Subject, expect
+from .base import Check, Failed, Measurements, Skipped, Subject, expect
 from .cases import CASES, CHAIN_CASES, SPECIAL, SPREADS, Arguments, OpCase, dense, sizes
 from .compare import as_tuple, difference
-from .lab import Guarded, on_device, opened, to_host_all
+from .lab import Guarded, as_bits, on_device, opened, to_host_all
 from .speed import op_speed
 
 TOKENS = (1, 3, 33, 130)
@@ -42,9 +42,9 @@ def checks(subject: Subject) -> list[Check]:
             at = f"{op}/{impl.name}"
             found.append(_check(f"{at}/supports", check_supports, subject, impl))
             for dtype in dtypes(platform, subject.device):
-                found.append(_check(f"{at}/{_name(dtype)}", check_op, subject, impl, dtype))
-                special = f"{at}/{_name(dtype)}/special"
-                found.append(_check(special, check_special, subject, impl, dtype))
+                for what, run in (("", check_op), ("/special", check_special)):
+                    name = f"{at}/{_name(dtype)}{what}"
+                    found.append(_check(name, run, subject, impl, dtype, may_refuse=True))
     for format, packer in platform.weight_packers().items():
         for dtype in dtypes(platform, subject.device):
             name = f"packer/{format}/{_name(dtype)}"
@@ -52,12 +52,16 @@ def checks(subject: Subject) -> list[Check]:
     for fusion in platform.fusions():
         for dtype in dtypes(platform, subject.device):
             name = f"fusion/{fusion.name}/{_name(dtype)}"
-            found.append(_check(name, check_fusion, subject, fusion, dtype))
+            found.append(_check(name, check_fusion, subject, fusion, dtype, may_refuse=True))
     return found + l1_attention.checks(subject)
 
 
-def _check(name: str, run: Callable[..., Measurements | None], *args: Any) -> Check:
-    return Check(name, partial(run, *args), about=(run.__doc__ or "").partition("\n")[0])
+def _check(
+    name: str, run: Callable[..., Measurements | None], *args: Any, may_refuse: bool = False
+) -> Check:
+    """`may_refuse`: nobody must have a use for what it is about, so that it may be skipped."""
+    about = (run.__doc__ or "").partition("\n")[0]
+    return Check(name, partial(run, *args), required=not may_refuse, about=about)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -87,18 +91,13 @@ def cases_of(
 
 def check_supports(subject: Subject, impl: OpImpl) -> None:
     """It answers for every use, refuses with a reason, and raises nothing."""
-    uses = [OpSignature(impl.op, dtype) for dtype in UNUSUAL]
-    for dtype in dtypes(subject.platform(), subject.device):
-        uses.append(OpSignature(impl.op, dtype))
-        for variant in CASES[impl.op]:
-            args = OpCase(impl.op, variant, 1, dtype, 0).arguments()
-            uses += [
-                OpSignature(impl.op, dtype, {key: size * factor for key, size in known.items()})
-                for known in [sizes(impl.op, args)]
-                for factor in (1, 1000)
-            ]
-    for use in uses:
-        ask_support(impl, use)
+    computed = dtypes(subject.platform(), subject.device)
+    for variant in CASES[impl.op]:
+        known = sizes(impl.op, OpCase(impl.op, variant, 1, computed[0], 0).arguments())
+        for dtype in (*UNUSUAL, *computed):
+            for factor in (1, 1000):
+                larger = {key: size * factor for key, size in known.items()}
+                ask_support(impl, OpSignature(impl.op, dtype, larger))
 
 
 def ask_support(impl: OpImpl, use: OpSignature) -> Support:
@@ -115,26 +114,52 @@ def ask_support(impl: OpImpl, use: OpSignature) -> Support:
 def check_op(subject: Subject, impl: OpImpl, dtype: torch.dtype) -> Measurements | None:
     """Equal to the reference on every case, inputs and what lies around them untouched."""
     tolerance = OPS[impl.op].tolerance[dtype]
-    cases = cases_of(impl.op, dtype, subject, CASES[impl.op])
+    cases = list(accepted(impl, cases_of(impl.op, dtype, subject, CASES[impl.op])))
     with opened(subject) as device:
         packer = dense_packer(subject.platform())
         for case in cases:
             examine(device, impl, packer, case, OPS[impl.op].reference, tolerance)
+        if subject.platform().capabilities(subject.device).deterministic:
+            _expect_same_bits(device, impl, packer, cases[-1])
         return op_speed(device, impl, packer, dtype, subject.quick)
+
+
+def accepted(impl: OpImpl, cases: Iterable[OpCase]) -> Iterator[OpCase]:
+    """Those that it supports: for the others an engine asks somebody else. Raises `Skipped` if
+    there is none."""
+    reason, any_accepted = "", False
+    for case in cases:
+        use = OpSignature(case.op, case.dtype, sizes(case.op, case.arguments()))
+        if answer := ask_support(impl, use):
+            any_accepted = True
+            yield case
+        reason = answer.reason
+    if not any_accepted:
+        raise Skipped(f"refused: {reason}")
+
+
+def _expect_same_bits(device: Device, impl: OpImpl, packer: WeightPacker, case: OpCase) -> None:
+    first, second = (call(device, impl, packer, case.arguments())[0] for _ in range(2))
+    same = all(torch.equal(as_bits(a), as_bits(b)) for a, b in zip(first, second, strict=True))
+    said = f"{impl.op}/{impl.name}: two calls differ, although it claims to be deterministic"
+    expect(same, said, case=case.text(), seed=case.seed)
 
 
 def check_special(subject: Subject, impl: OpImpl, dtype: torch.dtype) -> None:
     """NaN and infinities stand where the reference puts them, and in no other row."""
     tolerance = OPS[impl.op].tolerance[dtype]
+    cases = (
+        OpCase(impl.op, variant, 3, dtype, subject.seed_of(variant), value)
+        for value in SPECIAL
+        for variant in CASES[impl.op]
+    )
     with opened(subject) as device:
         packer = dense_packer(subject.platform())
-        for value in SPECIAL:
-            for variant in CASES[impl.op]:
-                case = OpCase(impl.op, variant, 3, dtype, subject.seed_of(variant), value)
-                found = examine(device, impl, packer, case, OPS[impl.op].reference, tolerance)
-                if found and impl.op not in SPREADS:
-                    clean = bool(found[0][[0, 2]].isfinite().all())
-                    expect(clean, "a bad row spoils others", case=case.text(), seed=case.seed)
+        for case in accepted(impl, cases):
+            found = examine(device, impl, packer, case, OPS[impl.op].reference, tolerance)
+            if impl.op not in SPREADS:
+                clean = bool(found[0][[0, 2]].isfinite().all())
+                expect(clean, "a bad row spoils others", case=case.text(), seed=case.seed)
 
 
 def dense_packer(platform: Platform) -> WeightPacker:
@@ -152,8 +177,8 @@ def examine(
     reference: Reference,
     tolerance: Tolerance,
 ) -> tuple[Tensor, ...]:
-    """One case; where it fails, the fewest tokens that still do are told. What is refused goes
-    the engine's way, by the reference. Returns what was found."""
+    """One case that it supports; where it fails, the fewest tokens that still do are told. Returns
+    what was found."""
     fault, found = _fault(device, impl, packer, case, reference, tolerance)
     if not fault:
         return found
@@ -179,10 +204,6 @@ def _fault(
     """What is wrong with the implementation's answer to `case` (empty: nothing), and the answer."""
     args = case.arguments()
     expected = as_tuple(reference(*(_copy(arg) for arg in args)))
-    if not ask_support(impl, OpSignature(impl.op, case.dtype, sizes(case.op, args))):
-        if impl.op not in OPS:
-            return "", ()
-        impl, packer = ReferenceOp(OPS[impl.op]), DensePacker()
     try:
         found, touched = call(device, impl, packer, args)
     except Exception as error:  # the platform's; which case it was matters more than where
@@ -262,5 +283,5 @@ def check_fusion(subject: Subject, fusion: Fusion, dtype: torch.dtype) -> None:
     tolerance = Tolerance(2 * sum(one.rtol for one in parts), 4 * sum(one.atol for one in parts))
     with opened(subject) as device:
         packer = dense_packer(subject.platform())
-        for case in cases_of(op, dtype, subject, CHAIN_CASES):
+        for case in accepted(fusion.impl, cases_of(op, dtype, subject, CHAIN_CASES)):
             examine(device, fusion.impl, packer, case, reference, tolerance)
