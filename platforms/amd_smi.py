@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -44,10 +45,20 @@ def survey(visibility: Visibility) -> Survey:
             found = _survey(smi)
     except Exception as error:  # whatever the library raises is a reason
         return Survey(problem=f"amdsmi: {_one_line(error)}")
+    found = _overridden(found, visibility.overridden)
     for variable, value in visibility.for_amd.items():
         chosen = visible(value, [card.uuid for card in found.cards])
         found = found.restricted(chosen, f"{variable}={value!r}")
     return found
+
+
+def _overridden(found: Survey, architecture: str) -> Survey:
+    """The cards as ROCm's runtime takes them where HSA_OVERRIDE_GFX_VERSION is set."""
+    if not architecture or not found.cards:
+        return found
+    cards = tuple(replace(card, code=architecture) for card in found.cards)
+    note = f"HSA_OVERRIDE_GFX_VERSION has every card run code for {architecture}"
+    return replace(found, cards=cards, notes=(*found.notes, note))
 
 
 def telemetry(card: Card) -> Telemetry:
@@ -133,7 +144,7 @@ def _card(smi: Any, handle: Any) -> Card:
         size = _number((ask("amdsmi_get_gpu_vram_usage", handle) or {}).get("vram_total"))
     serial = _hex(asic.get("asic_serial"))
     return Card(
-        uuid=f"GPU-{serial:016x}" if serial >= 0 else "",
+        uuid=f"GPU-{serial:016x}" if serial > 0 else "",  # 0: the card has none
         name=name,
         memory=int(size or 0) << 20,
         architecture=architecture,

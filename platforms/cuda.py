@@ -15,7 +15,7 @@ class CudaPlatform(GpuPlatform):
     name = "cuda"
     vendor = "nvidia"
     api = ApiRange((0, 2), (0, 2))
-    vendor_facts = Vendor("NVIDIA", "CUDA", CUDA_INDEXES)
+    vendor_facts = Vendor("NVIDIA", "CUDA", CUDA_INDEXES, "CUDA_DEVICE_ORDER=PCI_BUS_ID")
     architectures = NVIDIA
     models = NVIDIA_CARDS
 

@@ -19,13 +19,19 @@ SCORE = 100
 @dataclass(frozen=True, slots=True)
 class Card:
     """One device as the vendor's management library describes it. `memory` in bytes (0: unknown);
-    `key`: how the library finds it again."""
+    `uuid` may be empty. `key`: how the library finds it again. `code`: the architecture whose
+    code it is made to run (empty: its own)."""
 
     uuid: str
     name: str
     memory: int
     architecture: str
     key: str = ""
+    code: str = ""
+
+    @property
+    def runs_as(self) -> str:
+        return self.code or self.architecture
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +59,13 @@ class Survey:
 
 @dataclass(frozen=True, slots=True)
 class Vendor:
-    """What differs between the hulls in the sentences they say."""
+    """What differs between the hulls in the sentences they say. `order`: the setting without which
+    the vendor's runtime numbers cards in an order of its own (empty: none is needed)."""
 
     title: str
     software: str
     indexes: tuple[Index, ...]
+    order: str = ""
 
 
 def load_library(module: str, package: str) -> ModuleType | str:
@@ -82,14 +90,14 @@ def probe_of(survey: Survey, wheel: Wheel, built_for: str, vendor: Vendor) -> Pr
     if not survey.cards:
         hidden = f"; {survey.hidden_by} hides {survey.hidden}" if survey.hidden else ""
         return Probe(0, "; ".join((f"no {vendor.title} device{hidden}", *survey.notes)))
-    usable = [i for i, card in enumerate(survey.cards) if wheel.runs(card.architecture)]
+    usable = [i for i, card in enumerate(survey.cards) if wheel.runs(card.runs_as)]
     devices = tuple(_info(i, survey.cards[i]) for i in range(len(survey.cards)))
     problem = _wheel_problem(survey, wheel, built_for, vendor, bool(usable))
     if problem:
         return Probe(0, problem, devices)
     kept = tuple(devices[i] for i in usable)
     left_out = [
-        f"torch {wheel.version} has no code for {card.name} ({card.architecture})"
+        f"torch {wheel.version} has no code for {card.name} ({card.runs_as})"
         for i, card in enumerate(survey.cards)
         if i not in usable
     ]
@@ -124,11 +132,11 @@ def _wheel_problem(
             f"runs {vendor.software} up to {newest}"
         )
     elif not runs_on_some:
-        names = ", ".join(dict.fromkeys(card.architecture for card in survey.cards))
+        names = ", ".join(dict.fromkeys(card.runs_as for card in survey.cards))
         why = f"torch {wheel.version} has no code for {names}"
     else:
         return ""
-    architectures = list(dict.fromkeys(card.architecture for card in survey.cards))
+    architectures = list(dict.fromkeys(card.runs_as for card in survey.cards))
     index = best_index(vendor.indexes, architectures, survey.driver)
     cards = summary([_info(i, card) for i, card in enumerate(survey.cards)])
     remedy = (

@@ -98,7 +98,7 @@ class GpuPlatform(Platform):
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         try:
-            ordinal = find_ordinal(torch.cuda, card, device)
+            ordinal = find_ordinal(torch.cuda, self._cards, device, self.vendor_facts.order)
             telemetry = functools.partial(self.read_telemetry, card)
             return TorchAccelerator(torch.cuda, device, ordinal, telemetry)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it has the vendor
@@ -165,18 +165,32 @@ def _parallel_findings(known: Capabilities) -> list[Finding]:
     return findings
 
 
-def find_ordinal(accelerator: Any, card: Card, position: int) -> int:
-    """torch's number of `card`, which is `position`th in the bus's order: CUDA sorts different
-    cards by speed, so a UUID decides where torch tells one. Initialises the runtime."""
-    count = accelerator.device_count()
+def find_ordinal(accelerator: Any, cards: Sequence[Card], position: int, order: str = "") -> int:
+    """torch's number of the card at `position` in `cards`, which follow the bus: CUDA sorts
+    different cards by speed, so a UUID decides where there is one and torch tells it.
+
+    Initialises the runtime. Raises RuntimeError where torch sees other cards; `order`: the setting
+    without which it may, for runtimes with an order of their own."""
+    card, count = cards[position], accelerator.device_count()
     wanted = _plain(card.uuid)
-    for ordinal in range(count):
-        uuid = getattr(accelerator.get_device_properties(ordinal), "uuid", None)
-        if uuid is not None and wanted in _spellings(str(uuid)):
-            return ordinal
+    if [_plain(other.uuid) for other in cards].count(wanted) > 1:
+        wanted = ""  # of another card too
+    told = [_uuids(accelerator.get_device_properties(ordinal)) for ordinal in range(count)]
+    found = [ordinal for ordinal in range(count) if wanted and wanted in told[ordinal]]
+    if len(found) == 1:
+        return found[0]
+    whole = bool(wanted) and not card.uuid.lower().startswith("mig-")
+    if order and whole and told and all(told) and not found:
+        raise RuntimeError(f"torch sees other cards in its place: set {order}")
     if position < count:
         return position
     raise RuntimeError(f"torch sees {count} devices, and {card.name} is none of them")
+
+
+def _uuids(properties: Any) -> tuple[str, ...]:
+    """A device's UUID in its spellings; none where torch does not tell it."""
+    uuid = getattr(properties, "uuid", None)
+    return () if uuid is None else _spellings(str(uuid))
 
 
 def _spellings(uuid: str) -> tuple[str, ...]:

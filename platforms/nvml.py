@@ -24,6 +24,11 @@ _THROTTLING = {
     0x80: "power brake",
 }
 
+_OWN_ORDER = (
+    "the numbers in CUDA_VISIBLE_DEVICES may mean other cards to CUDA, which puts the fastest "
+    "first: set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+)
+
 
 def survey(visibility: Visibility) -> Survey:
     """The cards that CUDA would show this process, in NVML's order (that of the PCI bus)."""
@@ -42,15 +47,15 @@ def telemetry(card: Card) -> Telemetry:
         if isinstance(nvml, str):
             return Telemetry()
         ask = _asker(nvml)
-        handle = ask(nvml.nvmlDeviceGetHandleByUUID, card.key or card.uuid)
+        handle = ask("nvmlDeviceGetHandleByUUID", card.key or card.uuid)
         if handle is None:
             return Telemetry()
-        power = ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        rates = ask(nvml.nvmlDeviceGetUtilizationRates, handle)
-        memory = ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-        reasons = ask(nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle) or 0
-        temperature = ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
-        clock = ask(nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM)
+        power = ask("nvmlDeviceGetPowerUsage", handle)
+        rates = ask("nvmlDeviceGetUtilizationRates", handle)
+        memory = ask("nvmlDeviceGetMemoryInfo", handle)
+        reasons = ask("nvmlDeviceGetCurrentClocksThrottleReasons", handle) or 0
+        temperature = ask("nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU)
+        clock = ask("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM)
         return Telemetry(
             power=None if power is None else power / 1000,  # milliwatts
             temperature=None if temperature is None else float(temperature),
@@ -93,8 +98,10 @@ def _survey(nvml: Any, visibility: Visibility) -> Survey:
             notes.append(f"card {index} is in MIG mode and has no instance")
         cards.append(card)
         instances.append([card] if parts is None else parts)
-    version = _asker(nvml)(nvml.nvmlSystemGetCudaDriverVersion_v2)
+    version = _asker(nvml)("nvmlSystemGetCudaDriverVersion_v2")
     driver = None if version is None else (version // 1000, version % 1000 // 10)
+    if visibility.may_mean_others and len({card.name for card in cards}) > 1:
+        notes.append(_OWN_ORDER)
     found = Survey(tuple(cards), driver=driver, notes=tuple(notes))
     return _shown(found, instances, visibility)
 
@@ -107,17 +114,17 @@ def _card(nvml: Any, handle: Any) -> tuple[Card, list[Card] | None]:
 
     def described(part: Any, title: str) -> Card:
         uuid = _text(nvml.nvmlDeviceGetUUID(part))
-        memory = _asker(nvml)(nvml.nvmlDeviceGetMemoryInfo, part)
+        memory = _asker(nvml)("nvmlDeviceGetMemoryInfo", part)
         return Card(uuid, title, 0 if memory is None else int(memory.total), architecture, uuid)
 
     card = described(handle, name)
-    mode = _asker(nvml)(nvml.nvmlDeviceGetMigMode, handle)
+    mode = _asker(nvml)("nvmlDeviceGetMigMode", handle)
     if mode is None or mode[0] != nvml.NVML_DEVICE_MIG_ENABLE:
         return card, None
     ask = _asker(nvml)
     parts = [
-        ask(nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, i)
-        for i in range(ask(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0)
+        ask("nvmlDeviceGetMigDeviceHandleByIndex", handle, i)
+        for i in range(ask("nvmlDeviceGetMaxMigDeviceCount", handle) or 0)
     ]
     return card, [described(part, f"{name} MIG") for part in parts if part is not None]
 
@@ -146,9 +153,12 @@ def _shown(found: Survey, instances: list[list[Card]], visibility: Visibility) -
 
 
 def _asker(nvml: Any) -> Callable[..., Any]:
-    """Calls that answer None where the card or this version of the library cannot."""
+    """Calls by name that answer None where the card or this release of the library cannot."""
 
-    def ask(call: Callable[..., Any], *args: Any) -> Any:
+    def ask(name: str, *args: Any) -> Any:
+        call = getattr(nvml, name, None)
+        if call is None:
+            return None
         try:
             return call(*args)
         except nvml.NVMLError:

@@ -1,5 +1,6 @@
-"""Which devices a process may see. The only place where a platform reads the environment: these
-variables are the drivers' own, and what they hide must be known before a driver is started."""
+"""Which devices a process may see, and as what. The only place where a platform reads the
+environment: these variables are the drivers' own, and what they hide must be known before a driver
+is started."""
 
 from __future__ import annotations
 
@@ -10,11 +11,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """The lists as they are set; None: not set. `cuda` is read by both vendors' runtimes."""
+    """The variables as they are set; None: not set. `cuda`, `hip`, `rocr`: lists, of which both
+    vendors' runtimes read the first. `order`: how CUDA numbers cards. `gfx`: the version for which
+    ROCm takes every card."""
 
     cuda: str | None = None
     hip: str | None = None
     rocr: str | None = None
+    order: str | None = None
+    gfx: str | None = None
+
+    @property
+    def may_mean_others(self) -> bool:
+        """Are there numbers in CUDA's list that go by CUDA's order, not by the bus's? (CUDA C++
+        Programming Guide, "CUDA Environment Variables": FASTEST_FIRST unless told otherwise.)"""
+        numbered = any(entry.strip().isdecimal() for entry in (self.cuda or "").split(","))
+        return numbered and self.order != "PCI_BUS_ID"
+
+    @property
+    def overridden(self) -> str:
+        """The architecture whose code ROCm's runtime takes for every card's: 10.3.0 is gfx1030
+        (issue 1719 of ROCm/TheRock); empty: each card's own. The last part is hexadecimal in a
+        name (9.0.10: gfx90a)."""
+        parts = (self.gfx or "").strip().split(".")
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            return ""
+        major, minor, step = map(int, parts)
+        return f"gfx{major}{minor:x}{step:x}"
 
     @property
     def for_nvidia(self) -> dict[str, str | None]:
@@ -39,6 +62,8 @@ def read_visibility(environ: Mapping[str, str] | None = None) -> Visibility:
         cuda=values.get("CUDA_VISIBLE_DEVICES"),
         hip=values.get("HIP_VISIBLE_DEVICES"),
         rocr=values.get("ROCR_VISIBLE_DEVICES"),
+        order=values.get("CUDA_DEVICE_ORDER"),
+        gfx=values.get("HSA_OVERRIDE_GFX_VERSION"),
     )
 
 

@@ -228,6 +228,9 @@ def test_opening_without_the_vendors_torch_says_so(monkeypatch: pytest.MonkeyPat
         cuda_with(monkeypatch, answers.H100).open(3)
 
 
+ORDER = CudaPlatform.vendor_facts.order
+
+
 class Torchs:
     """torch.cuda with these UUIDs, in its own order."""
 
@@ -245,18 +248,39 @@ class Torchs:
 def test_torchs_number_of_a_card() -> None:
     """CUDA puts the fastest card first, NVML goes along the bus."""
     card = Card(answers.A100.uuid, "A100", 0, "sm_80")
+    other = replace(card, uuid=answers.L4.uuid)
     plain = answers.A100.uuid.removeprefix("GPU-")
-    assert find_ordinal(Torchs("0000", plain), card, 0) == 1
-    assert find_ordinal(Torchs(None, None), card, 1) == 1  # a torch that tells no UUID
+    assert find_ordinal(Torchs("0000", plain), [card], 0, ORDER) == 1
+    assert find_ordinal(Torchs(None, None), [other, card], 1, ORDER) == 1  # it tells no UUID
     with pytest.raises(RuntimeError, match="torch sees 1 devices"):
-        find_ordinal(Torchs(None), card, 1)
+        find_ordinal(Torchs(None), [other, card], 1, ORDER)
+
+
+def test_another_card_in_its_place_is_not_taken_for_it() -> None:
+    """CUDA_VISIBLE_DEVICES=0 is the fastest card to CUDA, the first on the bus to NVML."""
+    card = Card(answers.L4.uuid, "L4", 0, "sm_89")
+    torchs = Torchs(answers.A100.uuid.removeprefix("GPU-"))
+    with pytest.raises(RuntimeError, match="set CUDA_DEVICE_ORDER=PCI_BUS_ID"):
+        find_ordinal(torchs, [card], 0, ORDER)
+    assert find_ordinal(torchs, [card], 0) == 0  # a runtime without an order of its own
+    instance = replace(card, uuid="MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f")
+    assert find_ordinal(torchs, [instance], 0, ORDER) == 0
+
+
+def test_a_uuid_that_is_missing_or_shared_is_not_searched() -> None:
+    for uuid in ("", "GPU-00000000000000aa"):
+        cards = [Card(uuid, "MI100", 0, "gfx908") for _ in range(2)]
+        torchs = Torchs(uuid, uuid)
+        assert [find_ordinal(torchs, cards, i, ORDER) for i in (0, 1)] == [0, 1]
+    cards = [Card("GPU-0a", "MI100", 0, "gfx908"), Card("GPU-0b", "MI100", 0, "gfx908")]
+    assert [find_ordinal(Torchs("0a", "0a"), cards, i) for i in (0, 1)] == [0, 1]
 
 
 def test_hip_fills_a_uuid_with_text() -> None:
     card = Card("GPU-8af705259683161c", "MI300X", 0, "gfx942")
     text = b"8af705259683161c".hex()
     uuid = "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-    assert find_ordinal(Torchs("00112233-4455-6677-8899-aabbccddeeff", uuid), card, 0) == 1
+    assert find_ordinal(Torchs("00112233-4455-6677-8899-aabbccddeeff", uuid), [card], 0) == 1
 
 
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:

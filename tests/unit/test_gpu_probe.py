@@ -22,7 +22,10 @@ from trimaran.platforms.visible import Visibility, read_visibility, visible
 CUDA_WHEEL = Wheel("2.13.0+cu130", cuda="13.0", architectures=CUDA_INDEXES[0].architectures)
 ROCM_WHEEL = Wheel("2.13.0+rocm7.2", hip="7.2.1", architectures=ROCM_INDEXES[0].architectures)
 CPU_WHEEL = Wheel("2.13.0+cpu")
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+VARIABLES = (
+    *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"),
+    *("CUDA_DEVICE_ORDER", "HSA_OVERRIDE_GFX_VERSION"),
+)
 
 Machine = Callable[..., None]
 
@@ -333,6 +336,60 @@ def test_cuda_devices_are_numbered_as_the_variable_says(machine: Machine) -> Non
     assert [d.name for d in CudaPlatform.probe().devices] == [answers.A100.name]
 
 
+def test_numbers_that_cuda_may_read_otherwise_are_noted(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = "set CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    machine(nvidia=[answers.L4, answers.A100], CUDA_VISIBLE_DEVICES="0")
+    assert note in CudaPlatform.probe().reason
+    machine(nvidia=[answers.L4, replace(answers.L4, uuid="GPU-1")], CUDA_VISIBLE_DEVICES="0")
+    assert note not in CudaPlatform.probe().reason  # alike, whatever the order
+    machine(nvidia=[answers.L4, answers.A100], CUDA_VISIBLE_DEVICES=answers.A100.uuid)
+    assert note not in CudaPlatform.probe().reason
+    machine(
+        nvidia=[answers.L4, answers.A100], CUDA_VISIBLE_DEVICES="0", CUDA_DEVICE_ORDER="PCI_BUS_ID"
+    )
+    assert note not in CudaPlatform.probe().reason
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    assert note not in CudaPlatform.probe().reason
+
+
+@pytest.mark.parametrize(
+    ("setting", "architecture"),
+    [
+        ("10.3.0", "gfx1030"),
+        ("9.0.10", "gfx90a"),
+        (" 11.0.0 ", "gfx1100"),
+        ("11.0", ""),
+        ("", ""),
+        ("gfx1100", ""),
+        (None, ""),
+    ],
+)
+def test_a_version_as_an_architecture(setting: str | None, architecture: str) -> None:
+    assert Visibility(gfx=setting).overridden == architecture
+
+
+def test_a_card_made_to_run_anothers_code(machine: Machine) -> None:
+    card = answers.AmdCard(
+        answers._asic("AMD Radeon RX 6750 XT", "0x73df", "gfx1031", "0x1"), 12272, "a desktop card"
+    )
+    machine(amd=[card], wheel=ROCM_WHEEL)
+    probe = RocmPlatform.probe()
+    assert probe.score == 0 and "has no code for gfx1031" in probe.reason
+    machine(amd=[card], wheel=ROCM_WHEEL, HSA_OVERRIDE_GFX_VERSION="10.3.0")
+    probe = RocmPlatform.probe()
+    assert [device.architecture for device in probe.devices] == ["gfx1031"] and probe.score > 10
+    assert "has every card run code for gfx1030" in probe.reason
+
+
+def test_a_card_without_a_serial_has_no_uuid(machine: Machine) -> None:
+    card = answers.AmdCard(answers._asic("Radeon 890M", "0x150e", "gfx1150", "0x0"), 512, "an APU")
+    machine(amd=[card, answers.MI210], wheel=ROCM_WHEEL)
+    assert [bool(card.uuid) for card in RocmPlatform.survey().cards] == [False, True]
+
+
 def test_hidden_devices_are_a_reason(machine: Machine) -> None:
     for value in ("", "-1"):
         machine(nvidia=[answers.H100, answers.H200], CUDA_VISIBLE_DEVICES=value)
@@ -412,6 +469,19 @@ def test_telemetry(machine: Machine) -> None:
     assert (found.power, found.temperature, found.utilization) == (134.0, 43.0, 0.64)
     assert found.memory_used == 288 << 20 and found.clock == 1700.0
     assert found.throttled == ("power cap",)
+
+
+def test_an_older_library_lacks_functions(machine: Machine) -> None:
+    old = fake_pynvml([answers.H100])
+    for name in (
+        *("nvmlDeviceGetMigMode", "nvmlSystemGetCudaDriverVersion_v2"),
+        *("nvmlDeviceGetCurrentClocksThrottleReasons", "nvmlDeviceGetPowerUsage"),
+    ):
+        delattr(old, name)
+    machine(nvidia=old)
+    (card,) = CudaPlatform()._cards
+    found = nvml.telemetry(card)
+    assert found.power is None and found.throttled == () and found.temperature == 61.0
 
 
 def test_telemetry_without_a_library_is_unknown(
