@@ -69,12 +69,12 @@ class Rank:
                     f"The device has no room for the model and its KV cache: {error} Lower "
                     "--kv-cache-memory-bytes (or --num-gpu-blocks-override), or --max-model-len."
                 ) from error
+            self.description: dict[str, Any] = {
+                **_facts(platform),
+                **_bindings(self.binder),
+                "memory": compare_with_plan(config, self.binder, self.device),
+            }
             undo.pop_all()
-        self.description: dict[str, Any] = {
-            **platform.describe(),
-            **_bindings(self.binder),
-            "memory": compare_with_plan(config, self.binder, self.device),
-        }
 
     def _build(self, config: EngineConfig) -> Runner:
         model, scheduler = config.model, config.scheduler
@@ -118,8 +118,10 @@ class Rank:
         return runner
 
     def close(self) -> None:
-        self.comm.close()
-        self.device.close()
+        try:
+            self.comm.close()
+        finally:
+            self.device.close()
 
 
 def _device_index(platform: Platform, config: EngineConfig, rank: int) -> int:
@@ -134,6 +136,14 @@ def _device_index(platform: Platform, config: EngineConfig, rank: int) -> int:
         )
     first = indices.index(config.platform.device)
     return indices[(first + rank) % len(indices)]
+
+
+def _facts(platform: Platform) -> dict[str, str]:
+    """What the platform says of itself; an engine starts without it, too."""
+    try:
+        return dict(platform.describe())
+    except Exception as error:  # a vendor's
+        return {"describe": f"{type(error).__name__}: {error}"}
 
 
 def _bindings(binder: OpBinder) -> dict[str, str]:
@@ -166,9 +176,9 @@ class UniExecutor:
         return self._rank.runner.submit(plan)
 
     def close(self) -> None:
-        if self._rank is not None:
-            self._rank.close()
-            self._rank = None
+        rank, self._rank = self._rank, None
+        if rank is not None:
+            rank.close()
 
 
 def open_executor(config: EngineConfig) -> Executor:
