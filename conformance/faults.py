@@ -1,16 +1,16 @@
-"""The platform under test with a fault put into its devices: a step that raises, a device that is
-lost, memory that is used up. The platform's own code is what has to carry the fault on."""
+"""The platform under test with a fault put into the work of its devices: a step that raises, a
+device that is lost. It is raised inside the platform's own code, which has to carry it on."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..platforms.interface import Device, DeviceOutOfMemory, Event
+from ..platforms.interface import Device, Event
 from .base import Subject
 
 _numbers = itertools.count()
@@ -21,16 +21,11 @@ class Fault:
     """What goes wrong from now on; may be changed at any time.
 
     `fail_once`: what the next work raises on the device's queue. `in_work` makes the exception that
-    all work raises there, `in_calls` the one that every call of `launch` and `to_device` raises.
-    `allocations`: after so many caches there is no memory for another. `devices` are those that
-    were opened.
+    all work raises there.
     """
 
     fail_once: Exception | None = None
     in_work: Callable[[], Exception] | None = None
-    in_calls: Callable[[], Exception] | None = None
-    allocations: int | None = None
-    devices: list[Device] = dataclasses.field(default_factory=list)
 
 
 def with_fault(subject: Subject, fault: Fault) -> Subject:
@@ -41,7 +36,6 @@ def with_fault(subject: Subject, fault: Fault) -> Subject:
         def open(self, device: int = 0, num_threads: int | None = None) -> Device:
             opened: Device = super().open(device, num_threads)
             _spoil(opened, fault)
-            fault.devices.append(opened)
             return opened
 
     name = f"Faulty{next(_numbers)}"
@@ -51,7 +45,7 @@ def with_fault(subject: Subject, fault: Fault) -> Subject:
 
 def _spoil(device: Device, fault: Fault) -> None:
     """The object itself is changed, because a platform's own parts may ask for its class."""
-    launch, to_device, alloc_kv = device.launch, device.to_device, device.alloc_kv
+    launch = device.launch
 
     def spoiled_launch(work: Callable[[], None]) -> Event:
         def spoiled() -> None:
@@ -62,22 +56,6 @@ def _spoil(device: Device, fault: Fault) -> None:
                 raise fault.in_work()
             work()
 
-        if fault.in_calls is not None:
-            raise fault.in_calls()
         return launch(spoiled)
 
-    def spoiled_to_device(host: Any) -> Any:
-        if fault.in_calls is not None:
-            raise fault.in_calls()
-        return to_device(host)
-
-    def spoiled_alloc_kv(shape: Sequence[int], dtype: Any) -> Any:
-        if fault.allocations is not None:
-            fault.allocations -= 1
-            if fault.allocations < 0:
-                raise DeviceOutOfMemory("no memory is left (a fault of the conformance kit)")
-        return alloc_kv(shape, dtype)
-
-    vars(device).update(
-        launch=spoiled_launch, to_device=spoiled_to_device, alloc_kv=spoiled_alloc_kv
-    )
+    vars(device).update(launch=spoiled_launch)

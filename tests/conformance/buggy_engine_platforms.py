@@ -4,6 +4,7 @@ or in one process, and fails where an engine, a group or a server needs it."""
 from __future__ import annotations
 
 import _thread
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from trimaran.platforms.interface import (
     AttentionBatch,
     AttentionImpl,
     AttentionSpec,
+    Capabilities,
     Communicator,
     Device,
     DeviceLost,
@@ -27,6 +29,7 @@ from trimaran.platforms.interface import (
     GroupSpec,
     KVConstraints,
     LayerKV,
+    MemoryInfo,
     StepFn,
     StepGraph,
     StepLimits,
@@ -250,6 +253,33 @@ class LosesMemory(HostDevice):
         return super().launch(work)
 
 
+class OwnMemory(HostDevice):
+    """No bug: memory of its own, of which the host sees nothing. `taken`: what is gone for good,
+    on whichever opening of the device."""
+
+    taken = 0
+
+    def memory(self) -> MemoryInfo:
+        by_tag = self._ledger.by_tag()
+        free = (1 << 36) - sum(by_tag.values()) - type(self).taken
+        return MemoryInfo(1 << 36, free, by_tag)
+
+
+class LosesDeviceMemory(OwnMemory):
+    """Each launch keeps its scratch memory, of which no account is kept."""
+
+    def launch(self, work: Callable[[], None]) -> Event:
+        type(self).taken += 1 << 18
+        return super().launch(work)
+
+
+class KeepsItsContext(OwnMemory):
+    """A device that is closed leaves the memory of its libraries behind."""
+
+    def close(self) -> None:
+        type(self).taken += 1 << 24
+
+
 class LossIsAnError(HostDevice):
     """Every failure of a launch is told as one of its kernels."""
 
@@ -315,6 +345,21 @@ class LosesMemoryPlatform(WithDevice):
     device = LosesMemory
 
 
+class OwnMemoryPlatform(WithDevice):
+    device = OwnMemory
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(super().capabilities(device), unified_memory=False)
+
+
+class LosesDeviceMemoryPlatform(OwnMemoryPlatform):
+    device = LosesDeviceMemory
+
+
+class KeepsItsContextPlatform(OwnMemoryPlatform):
+    device = KeepsItsContext
+
+
 class LossIsAnErrorPlatform(WithDevice):
     device = LossIsAnError
 
@@ -339,6 +384,8 @@ BUGS: Mapping[str, tuple[str, str]] = {
     "KeepsCachesPlatform": ("L5", "open_close"),
     "ThreadsStayPlatform": ("L5", "open_close"),
     "LosesMemoryPlatform": ("L5", "steady"),
+    "LosesDeviceMemoryPlatform": ("L5", "steady"),
+    "KeepsItsContextPlatform": ("L5", "open_close"),
     "LossIsAnErrorPlatform": ("L5", "device_lost/event"),
     "StickyErrorPlatform": ("L5", "failed_step"),
     "LossHangsPlatform": ("L5", "device_lost/event"),

@@ -3,15 +3,19 @@ without memory refuses, and goes on."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.engine_loop import greedy, open_loop
 from helpers.fake_executor import FakeExecutor, fake_config
 
+from trimaran.core.args import EngineArgs
 from trimaran.core.engine.inproc import InprocClient
 from trimaran.core.engine.messages import AddRequests, EngineRequest
 from trimaran.core.errors import DeviceLostError, EngineDeadError, KVMemoryError
@@ -88,6 +92,31 @@ def test_a_step_on_a_lost_device_raises(platform: str) -> None:
             loop.run([greedy("0", [5, 6, 7], 4)])
 
 
+@pytest.mark.parametrize("call", ["launch", "to_device"])
+def test_a_call_that_tells_of_the_loss(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The contract lets any method of a device raise it, not only an event's `wait`."""
+    calls, honest = 0, getattr(HostDevice, call)
+
+    def lost_in_the_end(self: HostDevice, argument: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 6:
+            raise DeviceLost("it fell off the bus")
+        return honest(self, argument)
+
+    args = EngineArgs(
+        platform="cpu", max_model_len="256", kv_cache_memory_bytes="64M", num_threads=1
+    )
+    with contextlib.closing(InprocClient.from_args(args)) as client:
+        monkeypatch.setattr(HostDevice, call, lost_in_the_end)
+        client.send(AddRequests([greedy("0", [5, 6, 7], 200)]))
+        with pytest.raises(EngineDeadError, match="the device is lost.*fell off the bus"):
+            for _ in range(100):
+                client.poll(0.0)
+        with pytest.raises(EngineDeadError, match="the device is lost"):
+            client.send(AddRequests([one_request()]))
+
+
 @pytest.mark.real
 @pytest.mark.tp2
 def test_the_device_of_another_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,13 +163,24 @@ def test_other_errors_of_torch_stay_what_they_are() -> None:
         HostDevice().alloc((-1,), torch.uint8, "weights")
 
 
-def test_an_engine_without_room_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(self: HostDevice, shape: object, dtype: object) -> None:
-        raise DeviceOutOfMemory("5 bytes for 'kv' cannot be allocated.")
+@pytest.mark.parametrize("room", [0, 2])
+def test_an_engine_without_room_says_what_to_change(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only some of its caches fit: they are given back."""
+    devices, honest = list[HostDevice](), HostDevice.alloc_kv
 
-    monkeypatch.setattr(HostDevice, "alloc_kv", no_room)
+    def little_room(self: HostDevice, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        devices.append(self)
+        if len(devices) > room:
+            raise DeviceOutOfMemory("5 bytes for 'kv' cannot be allocated.")
+        return honest(self, shape, dtype)
+
+    monkeypatch.setattr(HostDevice, "alloc_kv", little_room)
     with (
         pytest.raises(KVMemoryError, match="5 bytes.*--kv-cache-memory-bytes"),
         open_loop("qwen3", platform="cpu"),
     ):
         pass
+    gc.collect()
+    assert len(devices) == room + 1 and devices[-1].memory().by_tag == {}
