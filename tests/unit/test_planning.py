@@ -17,6 +17,7 @@ from trimaran.core import resolve as resolve_module
 from trimaran.core.args import EngineArgs
 from trimaran.core.errors import ConfigError, ModelLoadError, PlatformError
 from trimaran.core.executor import UniExecutor
+from trimaran.core.planning import targets as targets_module
 from trimaran.core.planning.memory import activation_bytes
 from trimaran.core.planning.model import AttentionShape, Parameters, read_model
 from trimaran.core.planning.planner import plan
@@ -31,11 +32,13 @@ from trimaran.platforms.interface import (
     DeviceSpec,
     Finding,
     MemoryInfo,
+    Probe,
     Roofline,
     StepLimits,
     WeightPacker,
 )
 from trimaran.platforms.ops import DensePacker
+from trimaran.platforms.registry import Candidate
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
@@ -314,6 +317,60 @@ def test_a_device_is_found_by_name_and_none_by_another() -> None:
     assert len(find_targets("strict")) == 3
     with pytest.raises(PlatformError, match="no device 7"):
         find_targets("strict", "7")
+
+
+class Unready(Described):
+    """Describes a device, and cannot be made here."""
+
+    name = "unready"
+
+    def __init__(self) -> None:
+        raise OSError("no driver")
+
+
+class Forgetful(Described):
+    """Knows nothing of its second device."""
+
+    name = "forgetful"
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        if device == 1:
+            raise KeyError(device)
+        return super().capabilities(device)
+
+
+def test_a_platform_that_fails_spoils_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe = StrictPlatform.probe()
+    classes = (Unready, Forgetful)
+    found = [Candidate(cls.name, cls, probe) for cls in classes]
+    monkeypatch.setattr(targets_module, "available", lambda: found)
+    assert [target.index for target in find_targets()] == [0, 2]
+    assert "platform unready is not known: OSError: no driver" in caplog.text
+    assert "device strict 1 is not known: KeyError" in caplog.text
+    (one,) = find_targets(device="toy")
+    assert one.platform.name == "forgetful"
+    with pytest.raises(PlatformError, match="Nothing is known of device toy"):
+        find_targets("unready", "toy")
+
+
+def test_only_a_platform_whose_device_is_named_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Absent(Described):
+        name = "absent"
+
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(1)
+
+    found = [Candidate("absent", Absent, Probe(0, "no card"))]
+    monkeypatch.setattr(targets_module, "available", lambda: found)
+    with pytest.raises(PlatformError):
+        find_targets(device="other")
+    assert not made
+    assert [one.title for one in find_targets(device="toy")] == ["Toy 9000"] and len(made) == 1
 
 
 def test_the_report_is_json_and_one_refusal_spoils_no_other() -> None:
