@@ -33,9 +33,7 @@ from .interface import (
     Probe,
     Roofline,
     Telemetry,
-    WeightPacker,
 )
-from .ops import DensePacker
 from .torch_accelerator import TorchAccelerator
 from .torch_errors import translated
 
@@ -111,10 +109,6 @@ class GpuPlatform(Platform):
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
         return (TorchPagedAttention(), ReferenceAttention())
 
-    def weight_packers(self) -> Mapping[str, WeightPacker]:
-        packer = DensePacker()
-        return {packer.format: packer}
-
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
         """Blocks of whole tiles of the matrix units (16 rows), so that every block starts at an
         address that the widest loads of a thread (16 bytes) can take."""
@@ -123,15 +117,14 @@ class GpuPlatform(Platform):
     def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
         known = self.capabilities(int(plan.get("device") or 0))
         findings = []
-        dtype, kv_dtype = plan.get("dtype"), plan.get("kv_cache_dtype")
-        if dtype == "bfloat16" and known.dtypes["bfloat16"] == "emulated":
+        if plan.get("dtype") == "bfloat16" and known.dtypes["bfloat16"] == "emulated":
             reason = f"{known.isa} has no bfloat16 units; float16 takes as much memory"
             findings.append(Finding("adjust", "dtype", reason, "float16"))
-        if str(kv_dtype).startswith("float8") and kv_dtype not in known.kv_dtypes:
-            units = f"reads {known.fp8} float8" if known.fp8 else "has no float8 units"
-            reason = f"{known.isa} {units}, and no attention here reads a {kv_dtype} cache"
-            findings.append(Finding("reject", "kv_cache_dtype", reason))
-        if int(plan.get("tensor_parallel_size") or 1) > 1:
+        ranks = int(plan.get("tensor_parallel_size") or 1)
+        if known.unified_memory and ranks > len(self._cards):
+            reason = f"each of {ranks} ranks needs a device of its own; {len(self._cards)} here"
+            findings.append(Finding("reject", "tensor_parallel_size", reason))
+        if ranks > 1:
             findings += _parallel_findings(known)
         return findings
 

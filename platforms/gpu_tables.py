@@ -3,7 +3,10 @@
 Sources. Formats of the matrix units: NVIDIA's "CUDA C++ Programming Guide", table "Feature Support
 per Compute Capability" (bfloat16 from 8.0 on) and PTX ISA, "mma" (e4m3 from sm_89 on); AMD's "ROCm
 precision support" page (FNUZ float8 on gfx942, OCP float8 on gfx950 and gfx12, none before) and the
-instruction set documents of CDNA 2, 3, 4 and RDNA 3, 4 (bfloat16 MFMA / WMMA). Figures of cards:
+instruction set documents of CDNA 1 to 4 and RDNA 3, 3.5, 4 (bfloat16 MFMA / WMMA). Memory that is
+the host's: NVIDIA's "CUDA GPU Compute Capability" pages (7.2, 8.7, 11.0: Jetson; 12.1: GB10) with
+"CUDA for Tegra", and those that LLVM's "User Guide for AMDGPU Backend" calls APUs (of gfx942, where
+MI300A is one and MI300X is none, an architecture cannot say). Figures of cards:
 the data sheet named in each entry, always the dense rate; memory: what the vendor's tool reports
 for the card where a public report of it was found, otherwise the data sheet's size.
 """
@@ -24,36 +27,42 @@ _KV_DTYPES = ("bfloat16", "float16", "float32")
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """What an architecture's units do. `data_center`: cards of it reach each other's memory over a
-    link of their own; the others have none, and their drivers mostly refuse."""
+    link of their own; the others have none, and their drivers mostly refuse. `unified`: its devices
+    have no memory but the host's."""
 
     title: str
     bfloat16: Precision = "native"
     fp8: Fp8Kind | None = None
     data_center: bool = False
+    unified: bool = False
 
 
 NVIDIA: Mapping[str, Architecture] = {
     "sm_70": Architecture("Volta", "emulated", data_center=True),
-    "sm_72": Architecture("Volta (Jetson)", "emulated"),
+    "sm_72": Architecture("Volta (Jetson)", "emulated", unified=True),
     "sm_75": Architecture("Turing", "emulated"),
     "sm_80": Architecture("Ampere", data_center=True),
     "sm_86": Architecture("Ampere"),
-    "sm_87": Architecture("Ampere (Jetson)"),
+    "sm_87": Architecture("Ampere (Jetson)", unified=True),
     "sm_89": Architecture("Ada", fp8="ocp"),
     "sm_90": Architecture("Hopper", fp8="ocp", data_center=True),
     "sm_100": Architecture("Blackwell", fp8="ocp", data_center=True),
     "sm_103": Architecture("Blackwell Ultra", fp8="ocp", data_center=True),
-    "sm_110": Architecture("Blackwell (Jetson)", fp8="ocp"),
+    "sm_110": Architecture("Blackwell (Jetson)", fp8="ocp", unified=True),
     "sm_120": Architecture("Blackwell", fp8="ocp"),
-    "sm_121": Architecture("Blackwell", fp8="ocp"),
+    "sm_121": Architecture("Blackwell (DGX Spark)", fp8="ocp", unified=True),
 }
 AMD: Mapping[str, Architecture] = {
+    "gfx908": Architecture("CDNA", data_center=True),
     "gfx90a": Architecture("CDNA 2", data_center=True),
     "gfx942": Architecture("CDNA 3", fp8="fnuz", data_center=True),
     "gfx950": Architecture("CDNA 4", fp8="ocp", data_center=True),
     "gfx1100": Architecture("RDNA 3"),
     "gfx1101": Architecture("RDNA 3"),
     "gfx1102": Architecture("RDNA 3"),
+    "gfx1103": Architecture("RDNA 3", unified=True),
+    "gfx1150": Architecture("RDNA 3.5", unified=True),
+    "gfx1151": Architecture("RDNA 3.5", unified=True),
     "gfx1200": Architecture("RDNA 4", fp8="ocp"),
     "gfx1201": Architecture("RDNA 4", fp8="ocp"),
 }
@@ -69,6 +78,7 @@ def capabilities_of(architecture: str, found: Architecture) -> Capabilities:
         graph_replay=True,
         peer_to_peer=found.data_center,
         run_ahead=1,
+        unified_memory=found.unified,
         deterministic=True,
     )
 

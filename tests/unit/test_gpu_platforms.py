@@ -22,6 +22,7 @@ from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.gpu_cards import Card
 from trimaran.platforms.gpu_platform import GpuPlatform, find_ordinal
 from trimaran.platforms.gpu_tables import AMD, AMD_CARDS, NVIDIA, NVIDIA_CARDS, capabilities_of
+from trimaran.platforms.gpu_wheels import CUDA_INDEXES, ROCM_INDEXES
 from trimaran.platforms.interface import (
     AttentionSpec,
     Communicator,
@@ -79,11 +80,15 @@ TURING = replace(answers.L4, name="Tesla T4", capability=(7, 5))
         ("sm_90", "native", "ocp"),
         ("sm_100", "native", "ocp"),
         ("sm_120", "native", "ocp"),
+        ("gfx908", "native", None),
         ("gfx90a", "native", None),
         ("gfx942", "native", "fnuz"),
         ("gfx950", "native", "ocp"),
         ("gfx1100", "native", None),
         ("gfx1101", "native", None),
+        ("gfx1103", "native", None),
+        ("gfx1150", "native", None),
+        ("gfx1151", "native", None),
         ("gfx1200", "native", "ocp"),
         ("gfx1201", "native", "ocp"),
     ],
@@ -93,8 +98,32 @@ def test_number_formats(architecture: str, bfloat16: str, fp8: str | None) -> No
     assert known.dtypes["bfloat16"] == bfloat16 and known.fp8 == fp8
     assert known.dtypes["float32"] == known.dtypes["float16"] == "native"
     assert known.isa == architecture
-    assert known.run_ahead == 1 and known.graph_replay and not known.unified_memory
+    assert known.run_ahead == 1 and known.graph_replay
     assert set(known.kv_dtypes) <= set(known.dtypes)
+
+
+def test_what_shares_the_hosts_memory() -> None:
+    shared = {name for name, found in {**NVIDIA, **AMD}.items() if found.unified}
+    assert shared == {"sm_72", "sm_87", "sm_110", "sm_121", "gfx1103", "gfx1150", "gfx1151"}
+    for name, found in {**NVIDIA, **AMD}.items():
+        assert capabilities_of(name, found).unified_memory is (name in shared)
+
+
+def test_architectures_with_matrix_units_that_torch_serves_are_described() -> None:
+    known = {*NVIDIA, *AMD, "gfx900", "gfx906", "gfx1030", "sm_50", "sm_60"}  # without bfloat16
+    for index in (*CUDA_INDEXES, *ROCM_INDEXES):
+        assert set(index.architectures) <= known
+
+
+def test_ranks_need_a_device_each_where_devices_share_the_hosts_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shared code lets ranks share such a device; NCCL does not."""
+    monkeypatch.setattr(gpu_platform, "missing_nccl", lambda: "")
+    platform = cuda_with(monkeypatch, replace(answers.L4, name="NVIDIA GB10", capability=(12, 1)))
+    (finding, *_) = platform.review({"dtype": "bfloat16", "tensor_parallel_size": 2})
+    assert (finding.kind, finding.field) == ("reject", "tensor_parallel_size")
+    assert platform.review({"dtype": "bfloat16", "tensor_parallel_size": 1}) == []
 
 
 def test_an_unknown_architecture_promises_little(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,14 +174,6 @@ def test_the_asked_device_is_reviewed(monkeypatch: pytest.MonkeyPatch) -> None:
     platform = cuda_with(monkeypatch, answers.A100, TURING)
     assert not platform.review({"dtype": "bfloat16", "device": 0})
     assert platform.review({"dtype": "bfloat16", "device": 1})
-
-
-def test_an_8_bit_cache_is_rejected_with_the_formats(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = {"dtype": "bfloat16", "kv_cache_dtype": "float8_e4m3fn"}
-    (finding,) = cuda_with(monkeypatch, answers.A100).review(plan)
-    assert finding.kind == "reject" and "sm_80 has no float8 units" in finding.reason
-    (finding,) = rocm_with(monkeypatch, answers.MI300X).review(plan)
-    assert finding.kind == "reject" and "gfx942 reads fnuz float8" in finding.reason
 
 
 def test_a_group_is_told_how_it_talks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +293,10 @@ def test_a_uuid_that_is_missing_or_shared_is_not_searched() -> None:
         cards = [Card(uuid, "MI100", 0, "gfx908") for _ in range(2)]
         torchs = Torchs(uuid, uuid)
         assert [find_ordinal(torchs, cards, i, ORDER) for i in (0, 1)] == [0, 1]
-    cards = [Card("GPU-0a", "MI100", 0, "gfx908"), Card("GPU-0b", "MI100", 0, "gfx908")]
-    assert [find_ordinal(Torchs("0a", "0a"), cards, i) for i in (0, 1)] == [0, 1]
+    shared = [Card("GPU-0a", "MI100", 0, "gfx908") for _ in range(2)]
+    assert [find_ordinal(Torchs("0a", "0b"), shared, i) for i in (0, 1)] == [0, 1]
+    cards = [Card("GPU-0b", "MI100", 0, "gfx908"), Card("GPU-0a", "MI100", 0, "gfx908")]
+    assert find_ordinal(Torchs("0a", "0a"), cards, 1) == 1
 
 
 def test_hip_fills_a_uuid_with_text() -> None:
