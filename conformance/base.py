@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from ..platforms.api import check_contract
 from ..platforms.interface import Platform
 from ..platforms.registry import choose
 
@@ -38,6 +39,16 @@ def expect_raises(kind: type[Exception], call: Callable[[], object], otherwise: 
     except kind:
         return
     raise Failed(otherwise)
+
+
+def refuse_foreign_members(cls: type, contract: type) -> None:
+    """The check made when a class is defined, again: members can be set afterwards."""
+    for one in cls.__mro__:
+        if one is not contract and issubclass(one, contract):
+            try:
+                check_contract(one, contract)
+            except TypeError as error:
+                raise Failed(str(error)) from None
 
 
 class Skipped(Exception):

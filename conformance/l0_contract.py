@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from ..core.args import EngineArgs
 from ..core.env import child_environment
-from ..platforms.api import ApiRange, Contract, check_contract, negotiate
+from ..platforms.api import ApiRange, Contract, negotiate
 from ..platforms.interface import (
     AttentionImpl,
     Capabilities,
@@ -31,7 +32,7 @@ from ..platforms.interface import (
 from ..platforms.ops import OPS
 from . import l0_device
 from .attention_specs import spec_for
-from .base import Check, Failed, Subject, expect, listed
+from .base import Check, Subject, expect, listed, refuse_foreign_members
 from .lab import opened
 from .purity import purity
 
@@ -70,16 +71,6 @@ def check_class(subject: Subject) -> None:
         expect(isinstance(value, str) and value.strip() == value != "", f"{name} is {value!r}")
     expect(isinstance(cls.api, ApiRange), f"api is {cls.api!r}, no ApiRange")
     expect(negotiate(cls.api).accepted, f"it was {negotiate(cls.api).reason}")
-
-
-def refuse_foreign_members(cls: type, contract: type) -> None:
-    """The check made when a class is defined, again: members can be set afterwards."""
-    for one in cls.__mro__:
-        if one is not contract and issubclass(one, contract):
-            try:
-                check_contract(one, contract)
-            except TypeError as error:
-                raise Failed(str(error)) from None
 
 
 def check_import(subject: Subject) -> None:
@@ -188,47 +179,55 @@ def _check_part(what: str, part: Any, contract: type[Contract]) -> None:
     refuse_foreign_members(type(part), contract)
 
 
-def plans(subject: Subject) -> Iterator[dict[str, Any]]:
-    """Resolved configurations, flat, as the engine asks about them."""
+Plan = dict[str, Any]
+
+SMALL: Plan = {"max_model_len": 4096, "max_num_seqs": 64, "max_num_batched_tokens": 2048}
+LARGE: Plan = {"max_model_len": 1 << 20, "max_num_seqs": 4096, "max_num_batched_tokens": 1 << 17}
+"""Beyond what any device takes, so that reviews have something to adjust."""
+
+
+def plans(subject: Subject) -> Iterator[Plan]:
+    """Resolved configurations as `core.resolve.flat_plan` makes them."""
     capabilities = subject.platform().capabilities(subject.device)
     preferred = subject.platform().kv_constraints(spec_for(subject)).preferred_block_size
-    for ranks in (1, 2):
+    for ranks, lengths in itertools.product((1, 2), (SMALL, LARGE)):
         for dtype in capabilities.dtypes:
-            yield dataclasses.asdict(EngineArgs()) | {
-                "platform": subject.reference,
-                "device": subject.device,
-                "dtype": dtype,
-                "kv_cache_dtype": dtype,
-                "max_model_len": 4096,
-                "max_num_seqs": 64,
-                "max_num_batched_tokens": 2048,
-                "tensor_parallel_size": ranks,
-                "num_threads": None,
-                "block_size": preferred,
-            }
+            decided = {"dtype": dtype, "kv_cache_dtype": dtype, "block_size": preferred}
+            yield _asked(subject, ranks) | lengths | decided
 
 
-def _ask(subject: Subject, what: str, ask: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    """The answers for all plans. None may change its plan or the environment, or come out another
+def _asked(subject: Subject, ranks: int) -> Plan:
+    """The arguments as a user gives them: what he leaves open is None or `auto`."""
+    args = EngineArgs(platform=subject.reference, device=subject.device, tensor_parallel_size=ranks)
+    return dataclasses.asdict(args)
+
+
+def _ask(
+    what: str, given: Iterable[Plan], ask: Callable[[Plan], Any]
+) -> Iterator[tuple[Plan, Any]]:
+    """Each plan with its answer. None may change its plan or the environment, or come out another
     way when asked again."""
-    answers = []
-    for plan in plans(subject):
-        given, environment = copy.deepcopy(plan), child_environment({})
-        answer = ask(given)
-        changed = sorted(key for key in plan | given if plan.get(key) != given.get(key))
+    for plan in given:
+        asked, environment = copy.deepcopy(plan), child_environment({})
+        answer = ask(asked)
+        changed = sorted(key for key in plan | asked if plan.get(key) != asked.get(key))
         expect(not changed, f"{what} changes the plan: {', '.join(changed)}", case=f"plan {plan}")
         expect(environment == child_environment({}), f"{what} changes the environment")
         again = ask(copy.deepcopy(plan))
         expect(answer == again, f"{what} answers {answer!r}, then {again!r}", case=f"plan {plan}")
-        answers.append(answer)
-    return answers
+        yield plan, answer
 
 
 def check_process_env(subject: Subject) -> None:
     """The environment of a worker: strings, and the same whenever asked."""
     platform = subject.platform()
+    given = [
+        {"tensor_parallel_size": ranks, "num_threads": threads}
+        for ranks in (1, 2)
+        for threads in (None, 3)
+    ]
     for rank in (0, 1):
-        for found in _ask(subject, "process_env", partial(platform.process_env, rank)):
+        for _, found in _ask("process_env", given, partial(platform.process_env, rank)):
             expect(isinstance(found, Mapping), f"process_env returned {found!r}")
             for key, value in found.items():
                 text = isinstance(key, str) and isinstance(value, str)
@@ -238,9 +237,7 @@ def check_process_env(subject: Subject) -> None:
 def check_review(subject: Subject) -> None:
     """Findings have a reason, name a field, and adjust to something that they leave as it is."""
     platform = subject.platform()
-    for plan, findings in zip(
-        plans(subject), _ask(subject, "review", lambda p: tuple(platform.review(p))), strict=True
-    ):
+    for plan, findings in _ask("review", plans(subject), lambda p: tuple(platform.review(p))):
         adjusted = dict(plan)
         for one in findings:
             expect(isinstance(one, Finding), f"{one!r} is no Finding")
@@ -255,14 +252,17 @@ def check_review(subject: Subject) -> None:
 
 
 def check_step_limits(subject: Subject) -> None:
-    """Limits are positive, and token buckets rise."""
+    """Limits are positive, and token buckets rise; steps are compiled for some."""
     platform = subject.platform()
-    for limits in _ask(subject, "step_limits", platform.step_limits):
+    compiles = platform.capabilities(subject.device).compiles_steps
+    given = [_asked(subject, ranks) | more for ranks in (1, 2) for more in ({}, SMALL, LARGE)]
+    for _, limits in _ask("step_limits", given, platform.step_limits):
         expect(isinstance(limits, StepLimits), f"step_limits returned {limits!r}")
         expect(limits.max_tokens is None or limits.max_tokens > 0, f"{limits}")
         buckets = limits.token_buckets
         rising = list(buckets) == sorted(set(buckets)) and all(one > 0 for one in buckets)
         expect(rising, f"token buckets do not rise from above zero: {buckets}")
+        expect(buckets or not compiles, "it compiles steps, but names no token buckets for them")
 
 
 def check_kv_constraints(subject: Subject) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..platforms.interface import Graph
-from .base import Failed, Subject, expect, expect_raises
+from ..core.ops import OpBinder
+from ..platforms.interface import Device, Event, Graph
+from .base import Failed, Subject, expect, expect_raises, refuse_foreign_members
 from .lab import adding_one, equal, fetch, on_device, opened
 
 POLL_FOR = 60.0  # seconds
@@ -52,6 +54,8 @@ def check_events(subject: Subject) -> None:
                 copies.append(device.to_host(value))
 
             event = device.launch(work)
+            expect(isinstance(event, Event), f"launch() returned {event!r}")
+            refuse_foreign_members(type(event), Event)
             deadline = time.monotonic() + POLL_FOR
             while not event.done():
                 expect(time.monotonic() < deadline, f"an event is not done after {POLL_FOR} s")
@@ -140,28 +144,54 @@ def check_no_graph(subject: Subject) -> None:
 
 
 def check_replay(subject: Subject) -> None:
-    """A replayed graph computes from what its tensors hold now."""
+    """A replayed graph (moves, then a linear) computes from what its tensors hold now."""
     with opened(subject) as device:
         source, target = (device.alloc((300,), torch.float32, "conformance") for _ in range(2))
 
         def work() -> None:
             target.copy_(source).mul_(2).add_(1)
 
-        first = device.to_device(torch.full((300,), 1.0))
-        on_device(device, lambda: source.copy_(first))
-        on_device(device, work)
-        graph = on_device(device, lambda: device.capture(work))
-        if not isinstance(graph, Graph):
-            raise Failed(f"capture() returned {graph!r}, although it claims graph_replay")
-        again: Graph = graph
-        for i in range(4):
-            given = device.to_device(torch.full((300,), 10.0 + i))
-
-            def replay(given: Tensor = given) -> None:
-                source.copy_(given)
-                target.zero_()
-                again.replay()
-
-            on_device(device, replay)
-            right = equal(fetch(device, target)[0], torch.full((300,), 21.0 + 2 * i))
+        for given, found in _replayed(device, work, source, target):
+            right = equal(found, 2 * given + 1)
             expect(right, "a replayed graph does not compute from what its tensors hold now")
+    with opened(subject) as device:
+        rows = device.alloc((4, 64), torch.float32, "conformance")
+        product = device.alloc((4, 64), torch.float32, "conformance")
+        weight = device.to_device(torch.eye(64) * 2)
+        device.synchronize()
+        binder = OpBinder(subject.platform(), device)
+        linear = binder.bind("linear", torch.float32, in_features=64, out_features=64)
+        packed = binder.pack(weight)
+
+        def multiply() -> None:
+            product.copy_(linear(rows, packed, None))
+
+        for given, found in _replayed(device, multiply, rows, product):
+            right = equal(found, 2 * given)
+            expect(right, "a replayed linear does not compute from what its tensors hold now")
+
+
+def _replayed(
+    device: Device, work: Callable[[], None], source: Tensor, target: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`work` recorded once, which makes `target` of `source`: several values of the one, each with
+    what a replay made of it."""
+    values = [torch.full(source.shape, float(value)) for value in (1, 10, 11, 12, 13)]
+    first = device.to_device(values[0])
+    on_device(device, lambda: source.copy_(first))
+    on_device(device, work)
+    graph = on_device(device, lambda: device.capture(work))
+    if not isinstance(graph, Graph):
+        raise Failed(f"capture() returned {graph!r}, although it claims graph_replay")
+    refuse_foreign_members(type(graph), Graph)
+    again: Graph = graph
+    for value in values[1:]:
+        given = device.to_device(value)
+
+        def replay(given: Tensor = given) -> None:
+            source.copy_(given)
+            target.zero_()
+            again.replay()
+
+        on_device(device, replay)
+        yield value, fetch(device, target)[0]

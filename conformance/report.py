@@ -20,7 +20,8 @@ SKIP_BUDGET = 0.25
 @dataclass(frozen=True)
 class Outcome:
     """How one check ended. `detail`: what was wrong, or why it was skipped; `case`: the smallest
-    input that shows it; `seconds`: how long it took; `measured`: unit → figure."""
+    input that shows it; `seconds`: how long it took; `measured`: unit → figure; `about`: what the
+    check asks for."""
 
     level: str
     name: str
@@ -30,6 +31,7 @@ class Outcome:
     seed: int | None = None
     seconds: float = 0.0
     measured: Mapping[str, float] = field(default_factory=dict)
+    about: str = ""
 
     @property
     def full_name(self) -> str:
@@ -94,9 +96,6 @@ class Report:
             level: {status: found[status] for status in (PASSED, FAILED, SKIPPED)}
             for level, found in counts.items()
         }
-
-    def first_failing_level(self) -> str | None:
-        return min((one.level for one in self.failures), default=None)
 
     def command(self, outcome: Outcome) -> str:
         """What to type to see that outcome again."""
@@ -180,6 +179,8 @@ class Report:
 
     def _failure(self, one: Outcome) -> Iterator[str]:
         yield f"FAILED {one.full_name}"
+        if one.about:
+            yield f"  asked: {one.about}"
         yield from (f"  {line}" for line in one.detail.splitlines())
         if one.case:
             yield "  smallest case" + (f" (seed {one.seed})" if one.seed is not None else "") + ":"

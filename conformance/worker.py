@@ -134,7 +134,7 @@ def run_check(level: str, check: Check) -> Outcome:
     if outcome.status != FAILED and (left := _threads_left(before)):
         said = f"left threads running: {', '.join(left)}"
         outcome = Outcome(level, check.name, FAILED, said)
-    return dataclasses.replace(outcome, seconds=round(seconds, 4))
+    return dataclasses.replace(outcome, seconds=round(seconds, 4), about=check.about)
 
 
 def _threads_left(before: set[threading.Thread]) -> list[str]:

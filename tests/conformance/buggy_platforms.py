@@ -535,6 +535,47 @@ class StagingReused(Quick):
 
 FOUND_BY["buggy_import:ImportPatches"] = "L0/import"
 
+# ------------------------------------------------------------------------------ not wrong
+
+
+class RunsAgain(Graph):
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work = work
+
+    def replay(self) -> None:
+        self._work()
+
+
+class RunsAgainDevice(StrictDevice):
+    def capture(self, work: Callable[[], None]) -> Graph | None:
+        return RunsAgain(work)
+
+
+class ReplaysRight(Quick):
+    """Not in the list: its graphs do their work again."""
+
+    device_class = RunsAgainDevice
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(super().capabilities(device), graph_replay=True)
+
+
+class Refusing(VendorOp):
+    def supports(self, sig: OpSignature) -> Support:
+        return Support.no("not today")
+
+
+class RefusesAll(Quick):
+    """Not in the list: it has an op and a fusion of its own, for nothing."""
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return {**super().ops(), "add": [Refusing("add", torch.add)]}
+
+    def fusions(self) -> Sequence[Fusion]:
+        composition = ("linear", "silu_mul")
+        return (Fusion("vendor", composition, Refusing("+".join(composition), torch.add)),)
+
+
 # ------------------------------------------------------------------------------ isolation
 
 
