@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ H200 = DeviceSpec(
     roofline=Roofline(4.8e12, {}, "data sheet"),
     capabilities=Capabilities(dtypes={"bfloat16": "native"}, fp8="ocp", graph_replay=True),
 )
+H100 = replace(H200, name="h100", title="NVIDIA H100 SXM")
 
 
 @pytest.fixture
@@ -156,22 +158,29 @@ def test_a_report_of_another_contract_or_of_a_part_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture", "platform", "run"),
+    ("name", "architecture", "platform", "described", "run"),
     [
-        ("NVIDIA H200", "sm_90", "cuda", True),
-        ("NVIDIA H100 80GB HBM3", "sm_90", "cuda", False),
-        ("NVIDIA H2000", "sm_90", "cuda", False),
-        ("NVIDIA H200", "sm_90", "other", False),
-        ("NVIDIA H200", "sm_100", "cuda", False),
+        ("NVIDIA H200", "sm_90", "cuda", H200, True),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "cuda", H200, False),
+        ("NVIDIA H2000", "sm_90", "cuda", H200, False),
+        ("NVIDIA H200", "sm_90", "other", H200, False),
+        ("NVIDIA H200", "sm_100", "cuda", H200, False),
+        ("NVIDIA H100 80GB HBM3", "sm_90", "cuda", H100, True),
+        ("NVIDIA H100 PCIe", "sm_90", "cuda", H100, False),  # half of its bandwidth
     ],
 )
 def test_a_described_device_counts_as_run_by_a_report_of_it_alone(
-    matrix: ModuleType, name: str, architecture: str, platform: str, run: bool
+    matrix: ModuleType,
+    name: str,
+    architecture: str,
+    platform: str,
+    described: DeviceSpec,
+    run: bool,
 ) -> None:
     device = {"index": 0, "name": name, "memory": 1, "architecture": architecture}
     one = report(platform=platform, devices=[device]) | {"file": "cuda.json"}
-    assert matrix.was_run("cuda", H200, [one]) is run
-    assert (matrix.DESCRIBED in matrix.render([one], [("cuda", H200)])) is not run
+    assert matrix.was_run("cuda", described, [one]) is run
+    assert (matrix.DESCRIBED in matrix.render([one], [("cuda", described)])) is not run
 
 
 def test_it_is_written_and_a_change_makes_it_stale(
