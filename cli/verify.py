@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def run(namespace: argparse.Namespace) -> int:
         namespace.max_tokens,
         namespace.margin,
     )
-    text = json.dumps(report, indent=2)
+    text = to_json(report)
     if namespace.report:
         Path(namespace.report).write_text(text + "\n", encoding="utf-8")
     if namespace.json:
@@ -68,6 +69,19 @@ def run(namespace: argparse.Namespace) -> int:
     else:
         _print(report)
     return 0 if report["agree"] else 1
+
+
+def to_json(report: dict[str, Any]) -> str:
+    """JSON has no infinities and no NaN, which are what broken platforms yield: null instead."""
+    return json.dumps(_finite(report), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _two(text: str) -> tuple[str, str]:

@@ -43,11 +43,10 @@ class Target:
     @classmethod
     def of_present(cls, platform: Platform, info: DeviceInfo) -> Target:
         """Raises what `capabilities` raises; the rest may be unknown."""
-        name = info.name
         return cls(
             platform=platform,
             index=info.index,
-            title=name,
+            title=info.name,
             present=True,
             capabilities=platform.capabilities(info.index),
             memory=_guarded(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -104,6 +105,19 @@ def test_a_close_call_is_explained_and_a_sure_one_is_not() -> None:
 def test_nan_is_a_fault() -> None:
     errors = [LayerError(0, 0.0, 0.0, 0.0), LayerError(1, math.nan, math.nan, math.nan)]
     assert first_at_fault(errors, 1.0) == 1
+
+
+def test_a_report_of_nonsense_is_json() -> None:
+    found = compare_tokens(0, completion([1], {1: -0.1}), completion([2], {2: -0.1}), margin=1.0)
+    assert found.margin == math.inf, "neither has a second choice"
+    report = {"prompts": [dataclasses.asdict(found)], "ends": {"embed": math.nan}, "agree": False}
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    read = json.loads(verify.to_json(report), parse_constant=refuse)
+    assert read["prompts"][0]["margin"] is None and read["ends"] == {"embed": None}
+    assert read["prompts"][0]["first"] == 0 and read["agree"] is False
 
 
 def test_what_is_asked_wrongly_is_said(tmp_path: Path) -> None:
