@@ -13,21 +13,26 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..platforms.interface import Communicator, Device, GroupSpec
-from .base import Subject
+from .base import Failed, Subject
+from .l0_contract import refuse_foreign_members
 
+START_SECONDS = 90.0  # for a member to import its libraries and open its device
 SHAPES = ((1,), (5, 3), (2, 129), (64, 128))
 IN_A_ROW = 20
+LATE_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
 class MemberRequest:
-    """`program`: "collectives", or "missing" (the last member does not come to a collective)."""
+    """`program`: "collectives", or "missing" (the last member does not come to a collective).
+    `folder` is one that all members see."""
 
     reference: str
     device: int
@@ -35,8 +40,12 @@ class MemberRequest:
     program: str
     rank: int
     size: int
-    rendezvous: str
+    folder: str
     timeout: float
+
+    @property
+    def rendezvous(self) -> str:
+        return f"file://{self.folder}/group"
 
 
 @dataclass
@@ -58,6 +67,8 @@ class Member:
         indices = [info.index for info in platform.probe().devices]
         index = indices[(indices.index(request.device) + request.rank) % len(indices)]
         self.device: Device = platform.open(index, 1)
+        self._show("ready")  # imports take long, and are no part of the group's timeout
+        self._wait_for_all("ready")
         group = GroupSpec(request.rank, request.size, request.rendezvous, request.timeout)
         self.comm: Communicator = platform.communicator(group, self.device)
         self.dtypes = [getattr(torch, name) for name in platform.capabilities(index).dtypes]
@@ -68,11 +79,7 @@ class Member:
         self.device.close()
 
     def collectives(self) -> None:
-        if (self.comm.rank, self.comm.size) != (self.request.rank, self.request.size):
-            self.answer.mistakes.append(
-                f"the communicator of rank {self.request.rank} of {self.request.size} says that it "
-                f"is {self.comm.rank} of {self.comm.size}"
-            )
+        self._check_class()
         for dtype in self.dtypes:
             for shape in SHAPES:
                 self._all_reduce(shape, dtype)
@@ -80,7 +87,7 @@ class Member:
                     self._all_gather(shape, dtype, dim)
                 for source in range(self.request.size):
                     self._broadcast(shape, dtype, source)
-            self._run("barrier", lambda _: self.comm.barrier(), torch.zeros(1))
+        self._barrier()
         self._in_a_row()
 
     def missing(self) -> None:
@@ -95,6 +102,34 @@ class Member:
         except Exception as error:  # of whatever kind the library raises
             self.answer.raised = f"{type(error).__name__}: {error}"[:300]
         self.answer.seconds = time.monotonic() - start
+
+    def _check_class(self) -> None:
+        if (self.comm.rank, self.comm.size) != (self.request.rank, self.request.size):
+            self.answer.mistakes.append(
+                f"the communicator of rank {self.request.rank} of {self.request.size} says that it "
+                f"is {self.comm.rank} of {self.comm.size}"
+            )
+        try:
+            refuse_foreign_members(type(self.comm), Communicator)
+        except Failed as error:
+            self.answer.mistakes.append(error.message)
+
+    # -- what members see of each other beside the group ---------------------------------------
+
+    def _show(self, what: str) -> None:
+        Path(self.request.folder, f"{what} {self.request.rank}").touch()
+
+    def _missing(self, what: str) -> list[int]:
+        """The members that have not shown it."""
+        files = (Path(self.request.folder, f"{what} {rank}") for rank in range(self.request.size))
+        return [rank for rank, file in enumerate(files) if not file.exists()]
+
+    def _wait_for_all(self, what: str) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while missing := self._missing(what):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"rank {missing[0]} is not {what}")
+            time.sleep(0.005)
 
     # -- the collectives -----------------------------------------------------------------------
 
@@ -128,10 +163,24 @@ class Member:
         )
         self._compare(name, found, given[source].double(), None)
 
+    def _barrier(self) -> None:
+        """Each in turn comes later than the others, which must wait for it."""
+        for late in range(self.request.size):
+            if self.request.rank == late:
+                time.sleep(LATE_SECONDS)
+            self._show(f"barrier {late}")
+            self._run("barrier", lambda _: self.comm.barrier(), torch.zeros(1))
+            if missing := self._missing(f"barrier {late}"):
+                self.answer.mistakes.append(
+                    f"rank {self.request.rank} passed a barrier that rank {missing[0]} had not "
+                    "come to"
+                )
+
     def _in_a_row(self) -> None:
         """As the layers of a model do: many in one launch, each of the result of the one before."""
         name = f"{IN_A_ROW} all_reduce in a row"
-        given = list(self._given(name, (8, 16), torch.float32))
+        dtype = torch.float32 if torch.float32 in self.dtypes else self.dtypes[0]
+        given = list(self._given(name, (8, 16), dtype))
 
         def work(tensor: Tensor) -> Tensor:
             for _ in range(IN_A_ROW):
@@ -139,8 +188,10 @@ class Member:
             return tensor
 
         found = self._run(name, work, given[self.request.rank])
-        mean = torch.stack(given).double().mean(0)
-        self._compare(name, found, mean, mean.abs() * 1e-5 + 1e-5)
+        wide = torch.stack(given).double()
+        # The first sum as any other; after that all give the same, and each time is rounded once.
+        slack = wide.abs().sum(0) * torch.finfo(dtype).eps * (self.request.size + IN_A_ROW)
+        self._compare(name, found, wide.mean(0), slack)
 
     # -- inside --------------------------------------------------------------------------------
 

@@ -12,19 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
+from typing import IO
 
 from ..core.env import child_environment
 from .base import Check, Failed, Skipped, Subject
 from .engines import Found, dtype_of, open_session, request
-from .l4_member import Answer, MemberRequest
+from .l4_member import START_SECONDS, Answer, MemberRequest
 from .models import Case, cases
 from .scenarios import Scenario, judge
 
-START_SECONDS = 90.0  # for a member to import its libraries and open its device
-MISSING_TIMEOUT = 3.0
+MISSING_TIMEOUT = 4.0
 GRACE = 10.0
 """Seconds beyond its timeout that a collective has to notice that a member is missing."""
 NUM_TOKENS = 10
@@ -74,7 +75,10 @@ def _room(subject: Subject, size: int) -> bool:
 def _need_room(subject: Subject, size: int) -> None:
     if not _room(subject, size):
         count = len(subject.platform().probe().devices)
-        raise Skipped(f"{size} ranks, but {count} devices that do not share the host's memory")
+        raise Skipped(
+            f"{size} ranks need {size} devices, because these have memory of their own; "
+            f"the platform has {count}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -94,14 +98,13 @@ def collectives(subject: Subject, size: int) -> Figures:
                 seed=subject.seed,
             )
     for name, digest in answers[0].digests.items():
-        if "gather" in name or "reduce" in name or "broadcast" in name:
-            found = [answer.digests.get(name) for answer in answers]
-            if found != [digest] * size:
-                raise Failed(
-                    f"{name}: the members' results are not equal bit by bit, so that ranks would "
-                    f"draw different tokens (checksums {found})",
-                    seed=subject.seed,
-                )
+        found = [answer.digests.get(name) for answer in answers]
+        if found != [digest] * size:
+            raise Failed(
+                f"{name}: the members' results are not equal bit by bit, so that ranks would "
+                f"draw different tokens (checksums {found})",
+                seed=subject.seed,
+            )
     return {"collectives": answers[0].cases}
 
 
@@ -118,11 +121,39 @@ def missing_member(subject: Subject) -> Figures:
     return {"s": answer.seconds}
 
 
+@dataclass
+class _Member:
+    """The process of one rank. It writes to files: nobody would empty its pipes while another rank
+    is read."""
+
+    rank: int
+    process: subprocess.Popen[bytes]
+    out: IO[bytes]
+    err: IO[bytes]
+
+    def expect_well(self) -> None:
+        if self.process.poll():
+            said = _content(self.err).strip()[-800:]
+            raise Failed(f"rank {self.rank} ended with status {self.process.returncode}: {said}")
+
+    def answer(self) -> Answer:
+        return Answer(**json.loads(_content(self.out)))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.out.close()
+        self.err.close()
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
 def _run_members(subject: Subject, size: int, program: str, timeout: float) -> list[Answer]:
     """One process a member, as the engine starts its ranks; what each of them answered."""
-    platform = subject.platform()
-    plan = {"tensor_parallel_size": size, "num_threads": 1}
-    with tempfile.TemporaryDirectory(prefix="trimaran-conform-") as where:
+    with tempfile.TemporaryDirectory(prefix="trimaran-conform-") as where, ExitStack() as undo:
         members = []
         for rank in range(size):
             asked = MemberRequest(
@@ -132,36 +163,42 @@ def _run_members(subject: Subject, size: int, program: str, timeout: float) -> l
                 program=program,
                 rank=rank,
                 size=size,
-                rendezvous=f"file://{where}/group",
+                folder=where,
                 timeout=timeout,
             )
-            members.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", f"{__package__}.l4_member", json.dumps(asdict(asked))],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    env=child_environment(platform.process_env(rank, plan)),
-                )
-            )
-        try:
-            limit = time.monotonic() + START_SECONDS + timeout
-            return [_answer(rank, member, limit) for rank, member in enumerate(members)]
-        finally:
-            for member in members:
-                member.kill()
-                member.communicate()
+            members.append(_started(subject, asked))
+            undo.callback(members[-1].close)
+        _wait_for(members, time.monotonic() + START_SECONDS + timeout + GRACE)
+        return [member.answer() for member in members]
 
 
-def _answer(rank: int, member: subprocess.Popen[str], limit: float) -> Answer:
-    try:
-        out, err = member.communicate(timeout=max(1.0, limit - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise Failed(f"rank {rank} does not come to an end") from None
-    if not out.strip():
-        raise Failed(f"rank {rank} ended with status {member.returncode}: {err.strip()[-800:]}")
-    return Answer(**json.loads(out))
+def _started(subject: Subject, asked: MemberRequest) -> _Member:
+    plan = {"tensor_parallel_size": asked.size, "num_threads": 1}
+    out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
+    process = subprocess.Popen(
+        [sys.executable, "-m", f"{__package__}.l4_member", json.dumps(asdict(asked))],
+        stdin=subprocess.PIPE,
+        stdout=out,
+        stderr=err,
+        env=child_environment(subject.platform().process_env(asked.rank, plan)),
+    )
+    return _Member(asked.rank, process, out, err)
+
+
+def _wait_for(members: Sequence[_Member], deadline: float) -> None:
+    """Until all have ended well. The last one may wait for its input to end, which it does when
+    the others are over."""
+    last = members[-1].process
+    while running := [member for member in members if member.process.poll() is None]:
+        for member in members:
+            member.expect_well()
+        if running == [members[-1]] and last.stdin and not last.stdin.closed:
+            last.stdin.close()
+        if time.monotonic() > deadline:
+            raise Failed(f"rank {running[0].rank} does not come to an end")
+        time.sleep(0.01)
+    for member in members:
+        member.expect_well()
 
 
 # ---------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from trimaran.platforms.interface import (
     KVConstraints,
     LayerKV,
     MemoryInfo,
+    Probe,
     StepFn,
     StepGraph,
     StepLimits,
@@ -176,6 +177,11 @@ class NobodyIsMissing(GlooCommunicator):
             return tensor
 
 
+class NobodyWaits(GlooCommunicator):
+    def barrier(self) -> None:
+        return
+
+
 class WithCommunicator(CpuPlatform):
     of_a_group: Callable[[GroupSpec], Communicator]
 
@@ -199,6 +205,18 @@ class HalfTheBitsPlatform(WithCommunicator):
 
 class NobodyIsMissingPlatform(WithCommunicator):
     of_a_group = NobodyIsMissing
+
+
+class NobodyWaitsPlatform(WithCommunicator):
+    of_a_group = NobodyWaits
+
+
+class OneOfItsOwnPlatform(StrictPlatform):
+    """No bug: a single device, whose memory is not the host's. No group can meet on it."""
+
+    @classmethod
+    def probe(cls) -> Probe:
+        return dataclasses.replace(super().probe(), devices=super().probe().devices[:1])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -381,6 +399,7 @@ BUGS: Mapping[str, tuple[str, str]] = {
     "OwnFirstPlatform": ("L4", "collectives/4"),
     "HalfTheBitsPlatform": ("L4", "collectives/4"),
     "NobodyIsMissingPlatform": ("L4", "missing_member"),
+    "NobodyWaitsPlatform": ("L4", "collectives/4"),
     "KeepsCachesPlatform": ("L5", "open_close"),
     "ThreadsStayPlatform": ("L5", "open_close"),
     "LosesMemoryPlatform": ("L5", "steady"),

@@ -17,7 +17,7 @@ from trimaran.conformance import scenarios
 from trimaran.conformance.base import Failed, Subject
 from trimaran.conformance.levels import LEVELS, level
 from trimaran.conformance.models import Case, cases, describe, oracle
-from trimaran.conformance.report import FAILED, PASSED, Outcome
+from trimaran.conformance.report import FAILED, PASSED, SKIPPED, Outcome
 from trimaran.conformance.runner import run_kit
 from trimaran.conformance.scenarios import Scenario, judge, shrink
 from trimaran.conformance.worker import Request, answers
@@ -138,6 +138,13 @@ def test_groups_and_servers_on_our_platforms_pass(at: str, name: str) -> None:
     found = outcomes(Subject(name, quick=True), at)
     assert [(one.full_name, one.detail) for one in found if one.status == FAILED] == []
     assert [one for one in found if one.status == PASSED]
+
+
+def test_no_group_meets_on_a_single_device() -> None:
+    """The level says why it is skipped, and required checks are none of it."""
+    found = outcomes(subject("OneOfItsOwnPlatform"), "L4")
+    assert found and {one.status for one in found} == {SKIPPED}
+    assert all("the platform has 1" in one.detail for one in found)
 
 
 def test_models_prove_something() -> None:
