@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 from .gpu_wheels import Index, Version, Wheel, best_index
-from .interface import DeviceInfo, Probe
+from .interface import DeviceInfo, Probe, Telemetry
 
 SCORE = 100
 """Above any processor: where a card and the right torch are there, they are meant."""
@@ -112,6 +112,17 @@ def summary(devices: Sequence[DeviceInfo]) -> str:
         text = f"{info.name} ({info.architecture})"
         counts[text] = counts.get(text, 0) + 1
     return ", ".join(f"{n} x {text}" if n > 1 else text for text, n in counts.items())
+
+
+def state(now: Telemetry) -> str:
+    """`698 W, 61 °C, 97% busy, held down by: power cap`; empty where nothing is told."""
+    figures = {"W": now.power, "°C": now.temperature, "MHz": now.clock}
+    parts = [f"{value:.0f} {unit}" for unit, value in figures.items() if value is not None]
+    if now.utilization is not None:
+        parts.append(f"{now.utilization:.0%} busy")
+    if now.throttled:
+        parts.append(f"held down by: {', '.join(now.throttled)}")
+    return ", ".join(parts)
 
 
 def _info(index: int, card: Card) -> DeviceInfo:

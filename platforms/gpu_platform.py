@@ -138,10 +138,13 @@ class GpuPlatform(Platform):
         return open_accelerator_communicator(group, device)
 
     def describe(self) -> Mapping[str, str]:
-        wheel = installed_wheel()
-        probe = gpu_cards.probe_of(self.survey(), wheel, self.built_for(wheel), self.vendor_facts)
+        """Also how the cards are now: a hot or capped one explains a slow start."""
+        wheel, survey = installed_wheel(), self.survey()
+        probe = gpu_cards.probe_of(survey, wheel, self.built_for(wheel), self.vendor_facts)
+        states = [gpu_cards.state(self.read_telemetry(card)) for card in survey.cards]
         return {
             "devices": gpu_cards.summary(probe.devices) or "none",
+            "now": "; ".join(states) if any(states) else "not known",
             "torch": f"{wheel.version}, {self.vendor_facts.software} {self.built_for(wheel)}",
             "collectives": missing_nccl() or "NCCL",
         }

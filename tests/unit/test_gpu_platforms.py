@@ -309,6 +309,9 @@ def test_hip_fills_a_uuid_with_text() -> None:
 def test_describe(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = cuda_with(monkeypatch, answers.H100, answers.H100).describe()
     assert facts["devices"] == "2 x NVIDIA H100 80GB HBM3 (sm_90)"
+    one = "698 W, 61 °C, 97% busy, held down by: power cap"
+    assert facts["now"] == f"{one}; {one}"
+    assert cuda_with(monkeypatch).describe()["now"] == "not known"
 
 
 # ---------------------------------------------------------------------------------------------
