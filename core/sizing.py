@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..platforms.interface import AttentionSpec, KVConstraints, MemoryInfo, Platform
+from ..platforms.interface import AttentionSpec, KVConstraints, LayerKV, MemoryInfo, Platform
 from .config import CacheGroupConfig
-from .errors import ConfigError, KVMemoryError
+from .errors import ConfigError, KVMemoryError, PlatformError
 from .models.spec import DecoderSpec, LayerGroup
 from .ops import OpBinder
 
@@ -97,6 +97,22 @@ def _block_size(
         f"of {multiple}{aligned}.",
         param="block_size",
     )
+
+
+def check_alignment(platform: Platform, attention: str, spec: AttentionSpec, kv: LayerKV) -> None:
+    """Do blocks lie as `KVConstraints.alignment` asks? `_block_size` knows the bytes of a block
+    in a layer, but not into how many regions (keys, values) an implementation splits them."""
+    alignment = platform.kv_constraints(spec).alignment
+    for number, region in enumerate(kv.regions):
+        if region.stride % alignment or region.bytes % alignment:
+            raise PlatformError(
+                f"Platform {platform.name!r} wants the pieces of KV blocks to be multiples of "
+                f"{alignment} bytes, but attention {attention!r} lays out region {number} in "
+                f"pieces of {region.bytes} bytes every {region.stride}, with a block_size of "
+                f"{spec.block_size} tokens. Use a larger power of two as block_size, or another "
+                "attention; the platform can ask for it by KVConstraints.block_multiple.",
+                param="block_size",
+            )
 
 
 def sequence_bytes(sizes: Sequence[GroupSize], length: int) -> int:

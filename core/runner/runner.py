@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...platforms.interface import Device, DeviceLost, Event, KVRegion, StepFn
+from ...platforms.interface import Device, DeviceLost, Event, KVRegion, Platform, StepFn
 from ..config import CacheConfig, ModelSpec, SchedulerConfig
 from ..errors import DeviceLostError
 from ..models.decoder import Decoder
@@ -24,6 +24,7 @@ from ..models.step import StepBuffers
 from ..ops import OpBinder
 from ..plan import BlockCopy, BlockRef, StepOutput, StepPlan
 from ..sampler.sampler import Sampler
+from ..sizing import check_alignment
 from .batch import StagedBatch, StepRows
 from .heads import BeamHead, OutputHead, PromptLogprobsHead, StagedHead, TokenHead
 from .rows import RowTable, Work
@@ -62,7 +63,7 @@ class Runner:
         self._buckets = scheduler.token_buckets
         self.compiled: Mapping[int, StepFn] = {}  # by tokens; other steps run op by op
         self._rows = RowTable(device, num_rows, scheduler.max_model_len, sizes)
-        self._regions = self._alloc_kv(cache)
+        self._regions = self._alloc_kv(cache, binder.platform)
         self._gather, argmax = bind_ends(binder, decoder.spec, model.dtype)
         tokens = self._rows.tokens
         sampler = Sampler(device, tokens, vocab, logprobs_mode=model.logprobs_mode, argmax=argmax)
@@ -72,7 +73,7 @@ class Runner:
             BeamHead(device, num_rows, vocab),
         )
 
-    def _alloc_kv(self, cache: CacheConfig) -> list[list[KVRegion]]:
+    def _alloc_kv(self, cache: CacheConfig, platform: Platform) -> list[list[KVRegion]]:
         """Allocate the caches of this rank's layers; returns each group's regions."""
         layer_kvs = {}
         regions: list[list[KVRegion]] = []
@@ -80,7 +81,9 @@ class Runner:
         for group, config in zip(self._buffers.groups, cache.groups, strict=True):
             layers = [layer for layer in group.layers if layer in mine]
             for layer in layers:
-                layer_kvs[layer] = group.impl.alloc(self._device, group.spec, config.num_blocks)
+                kv = group.impl.alloc(self._device, group.spec, config.num_blocks)
+                check_alignment(platform, group.impl.name, group.spec, kv)
+                layer_kvs[layer] = kv
             regions.append([region for layer in layers for region in layer_kvs[layer].regions])
         self._decoder.bind_kv(layer_kvs)
         return regions

@@ -12,13 +12,19 @@ from helpers.engine_loop import greedy, open_loop
 from helpers.tiny_models import model_path
 from torch import Tensor
 
+from trimaran.core import executor as executor_module
+from trimaran.core import resolve as resolve_module
+from trimaran.core.args import EngineArgs
 from trimaran.core.errors import ConfigError, PlatformError
+from trimaran.core.executor import UniExecutor
 from trimaran.core.model_files import read_hf_config
 from trimaran.core.models.registry import decoder_spec
 from trimaran.core.models.step import slot_dtype
 from trimaran.core.ops import OpBinder
+from trimaran.core.resolve import resolve
 from trimaran.core.sizing import measure_groups
 from trimaran.platforms.attention_reference import ReferenceAttention
+from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import (
     AttentionImpl,
@@ -174,6 +180,33 @@ def test_the_first_block_size_that_keeps_the_alignment_is_taken() -> None:
         block_size(KVConstraints(alignment=32 * 1024), asked=24)
     with pytest.raises(ConfigError, match="multiple of 20"):
         block_size(KVConstraints(block_multiple=20), asked=24)
+
+
+class Apart(CpuPlatform):
+    """Its attention keeps keys and values in a region each."""
+
+    constraints = KVConstraints()
+
+    def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
+        return self.constraints
+
+
+def test_pieces_of_blocks_that_are_not_aligned_are_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bytes of a block in a layer keep the alignment; its keys alone do not."""
+    platform = Apart()
+    for module in (executor_module, resolve_module):
+        monkeypatch.setattr(module, "make_platform", lambda name: platform)
+    more: dict[str, Any] = {"dtype": "float32", "load_format": "dummy", "max_num_seqs": 2}
+    args = EngineArgs(model=str(model_path("llama3")), block_size=24, **more)
+    keys = 24 * 2 * 64 * 4  # tokens, heads, head size, bytes
+    platform.constraints = KVConstraints(alignment=keys)
+    UniExecutor(resolve(args)).close()
+    platform.constraints = KVConstraints(alignment=2 * keys)
+    message = f"'cpu' .* multiples of {2 * keys} bytes, but attention 'torch' .* {keys} bytes"
+    with pytest.raises(PlatformError, match=message):
+        UniExecutor(resolve(args))
 
 
 class HeadsFirst(ReferenceAttention):
