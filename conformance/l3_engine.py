@@ -8,7 +8,7 @@ their log-probabilities instead.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -368,13 +368,16 @@ def _compare_generated(
 def _compare(
     found: list[PositionLogprobs],
     expected: torch.Tensor,
-    tokens: Iterable[int],
+    tokens: Sequence[int],
     where: str,
     bound: str,
 ) -> float:
     """The largest error. `expected` `[positions, vocab]`: what each of `tokens` came from."""
     worst = 0.0
-    for position, (token, entry, row) in enumerate(zip(tokens, found, expected, strict=False)):
+    if len(found) != len(tokens):
+        raise Failed(f"{where}: {len(found)} positions have log-probabilities, not {len(tokens)}")
+    rows = expected[: len(tokens)]
+    for position, (token, entry, row) in enumerate(zip(tokens, found, rows, strict=True)):
         if entry.token_ids[0] != token:
             raise Failed(f"{where}: position {position} tells of token {entry.token_ids[0]}")
         told = torch.tensor(entry.logprobs)

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from .base import Check, Failed, Skipped, Subject
+from .engines import dtype_of
 
 NEEDED = ("fastapi", "msgspec", "uvicorn", "zmq")
 START_SECONDS = 120.0
@@ -58,7 +59,9 @@ def answers(subject: Subject) -> Figures:
     if not answer["choices"][0]["message"]["content"]:
         raise Failed(f"a chat request was answered with nothing: {answer}")
     again = server.post("/v1/chat/completions", _chat(max_tokens=16))[1]
-    if again["choices"][0]["message"] != answer["choices"][0]["message"]:
+    same = again["choices"][0]["message"] == answer["choices"][0]["message"]
+    # The second time a part of the prompt is cached: in 16 bits that is rounded otherwise.
+    if dtype_of(subject) == "float32" and not same:
         raise Failed("the same greedy request was answered differently the second time")
     if not server.stream():
         raise Failed("a stream did not come to its end")
@@ -165,12 +168,24 @@ class Server:
     """A running server of the model in the box; returns when it is ready."""
 
     def __init__(self, subject: Subject) -> None:
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
+        atexit.register(self.close)
+        self._start(subject)
+        try:
+            self._wait_ready()
+        except Failed:
+            if " is in use: " not in self.said():
+                raise
+            self._start(subject)  # another process took the port that was free a moment before
+            self._wait_ready()
+
+    def _start(self, subject: Subject) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
         flags = {
             "platform": subject.reference,
             "device": subject.device,
+            "dtype": dtype_of(subject),
             "port": self.port,
             "num-threads": 1,
             "max-num-seqs": 16,
@@ -185,8 +200,6 @@ class Server:
             stdout=self.log,
             stderr=self.log,
         )
-        atexit.register(self.close)
-        self._wait_ready()
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
