@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .interface import OpImpl, OpSignature, Support
-from .ops import DENSE
+from .interface import DENSE, OpImpl, OpSignature, Support
 
 
 class TorchOp(OpImpl):
