@@ -23,6 +23,9 @@ import pytest
 import torch
 
 from trimaran import LLM, SamplingParams
+from trimaran.conformance.base import Subject
+from trimaran.conformance.report import FAILED, PASSED, Outcome
+from trimaran.conformance.worker import Request, answers
 from trimaran.core.errors import TrimaranError
 from trimaran.core.ops import OpBinder
 from trimaran.platforms import interface, ops, registry
@@ -223,6 +226,21 @@ def test_a_copy_for_a_later_contract_is_refused_in_one_line(
     assert registry.choose("acme") is acme.AcmePlatform
     with pytest.raises(TrimaranError, match="'later' is not usable"):
         LLM("default", platform="later")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("level", ["L0", "L1"])
+def test_the_kit_in_short_passes(
+    level: str, acme: ModuleType, site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, so that the tests of every change run it; the whole kit is
+    `ci/platform_template`'s."""
+    paths = filter(None, [str(site), os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    said = answers(Request(Subject("acme", quick=True), level))
+    outcomes = [Outcome(**message["outcome"]) for message in said if "outcome" in message]
+    assert [(one.full_name, one.detail) for one in outcomes if one.status == FAILED] == []
+    assert sum(one.status == PASSED for one in outcomes) > 10
 
 
 @pytest.mark.real

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from trimaran.platforms import interface as tri
-from trimaran.platforms.ops import DENSE
 
 WIDTH = 16  # elements that the vector unit takes at once
 
@@ -59,7 +58,7 @@ def linear_silu_mul(x: Tensor, weight: tri.PackedWeight, bias: Tensor | None) ->
 class AcmePacker(tri.WeightPacker):
     """Weights lie `[in, out]`. VENDOR: in the tiles that your matrix unit reads."""
 
-    format = DENSE  # what it takes
+    format = tri.DENSE  # what it takes
 
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> tri.PackedWeight:
         packed = tensors["weight"].t().contiguous()
