@@ -22,6 +22,7 @@ from ..platforms.interface import (
     Finding,
     Fusion,
     KVConstraints,
+    KVRegion,
     OpImpl,
     Platform,
     Probe,
@@ -288,3 +289,14 @@ def check_kv_constraints(subject: Subject) -> None:
             held = sum(region.bytes for region in blocks.regions)
             said = impl.block_bytes(spec)
             expect(held == said, f"{impl.name}: block_bytes says {said}, regions hold {held}")
+            for region in blocks.regions:
+                _check_region(impl.name, region)
+
+
+def _check_region(name: str, region: KVRegion) -> None:
+    """Its figures are those of its tensor."""
+    block, size = region.tensor[0], region.tensor.element_size()
+    expect(block.is_contiguous(), f"{name}: a block of a region is no contiguous piece")
+    found = (region.tensor.stride(0) * size, block.numel() * size)
+    said = (region.stride, region.bytes)
+    expect(found == said, f"{name}: a region's stride and bytes are {found}, it says {said}")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from trimaran.platforms.attention_reference import ReferenceAttention
-from trimaran.platforms.interface import AttentionSpec, Device, KVRegion, LayerKV
+from trimaran.platforms.interface import AttentionSpec, Device, KVRegion, LayerKV, Support
 
 
 class WrongSlot(ReferenceAttention):
@@ -108,3 +108,49 @@ class ForgottenRegion(ReferenceAttention):
 
     def block_bytes(self, spec: AttentionSpec) -> int:
         return super().block_bytes(spec) // 2
+
+
+class CountsHalf(ReferenceAttention):
+    """A block is said to take half of what it takes."""
+
+    def block_bytes(self, spec: AttentionSpec) -> int:
+        return super().block_bytes(spec) // 2
+
+
+class RefusesDumbly(ReferenceAttention):
+    """A refusal that gives no reason."""
+
+    def supports(self, spec: AttentionSpec) -> Support:
+        return Support(spec.dtype.itemsize == 4)
+
+
+class TouchesTheNext(ReferenceAttention):
+    """The slot behind a token's, in its block, is cleared: in an engine that writes in order, it is
+    written next."""
+
+    def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
+        size = kv.tensors[0].shape[3]
+        behind = slots[slots % size != size - 1] + 1
+        zero = key.new_zeros((len(behind), *key.shape[1:]))
+        super().write(zero, zero, kv, behind)
+        super().write(key, value, kv, slots)
+
+
+class DriftsApart(ReferenceAttention):
+    """Another result each time, each within the tolerance."""
+
+    def __init__(self) -> None:
+        self._calls = 0
+
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Any) -> Tensor:
+        self._calls += 1
+        return super().run(query, kv, spec, metadata) * (1 + self._calls * 2**-22)
+
+
+class SortsBlocks(ReferenceAttention):
+    """Blocks are imported in order of their numbers, their contents as given."""
+
+    def import_blocks(
+        self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
+    ) -> None:
+        super().import_blocks(kv, spec, blocks.sort().values, canonical)

@@ -6,6 +6,7 @@ All derive from `strict`, which is right. What is wrong stands in the docstring.
 from __future__ import annotations
 
 import dataclasses
+import queue
 import signal
 import threading
 import time
@@ -17,11 +18,16 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from buggy_attention import (
     CachedExport,
+    CountsHalf,
+    DriftsApart,
     ForgottenRegion,
     HeadsInterleaved,
     KeysAndValuesSwapped,
     NoSoftcap,
     ReadsWholeBlocks,
+    RefusesDumbly,
+    SortsBlocks,
+    TouchesTheNext,
     WindowOffByOne,
     WrongSlot,
 )
@@ -33,18 +39,22 @@ from trimaran.platforms.interface import (
     AttentionSpec,
     Capabilities,
     Device,
+    DeviceOutOfMemory,
     Event,
+    Finding,
     Fusion,
     Graph,
+    KVConstraints,
     KVRegion,
     OpImpl,
     OpSignature,
     PackedWeight,
     Probe,
+    StepLimits,
     Support,
     WeightPacker,
 )
-from trimaran.platforms.ops import DENSE, OPS, chain
+from trimaran.platforms.ops import DENSE, OPS, DensePacker, chain
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 from trimaran.platforms.strict_device import StrictDevice, StrictEvent
 
@@ -79,13 +89,17 @@ class Quick(StrictPlatform):
 # ------------------------------------------------------------------------------ L0: what it says
 
 
-@bug("L0/probe")
+@bug("L0/probe/pure")
 class ProbeStartsThread(Quick):
-    """The probe leaves a thread behind, as of a library it initialised."""
+    """The first probe leaves a thread behind, as of a library it initialised."""
+
+    started: ClassVar[bool] = False
 
     @classmethod
     def probe(cls) -> Probe:
-        threading.Thread(target=time.sleep, args=(4,), name="driver", daemon=True).start()
+        if not cls.started:
+            cls.started = True
+            threading.Thread(target=time.sleep, args=(4,), name="driver", daemon=True).start()
         return super().probe()
 
 
@@ -137,7 +151,176 @@ class OpensAnything(Quick):
         return super().open(device if device in range(3) else 0)
 
 
+@bug("L0/probe")
+class ProbeCounts(Quick):
+    """Each probe says something else."""
+
+    counter = count()
+
+    @classmethod
+    def probe(cls) -> Probe:
+        return dataclasses.replace(super().probe(), reason=f"probe number {next(cls.counter)}")
+
+
+@bug("L0/describe")
+class DescribesInNumbers(Quick):
+    """A fact is a number."""
+
+    def describe(self) -> Mapping[str, str]:
+        cores: Any = 64
+        return {"cores": cores}
+
+
+@bug("L0/parts")
+class ListedUnderAnother(Quick):
+    """An implementation stands under another op than its own."""
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return {**super().ops(), "add": [VendorOp("copy", OPS["copy"].reference)]}
+
+
+class WrongPlans(Quick):
+    """Adjusts without an end: half of what it is asked about."""
+
+    def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
+        half = plan["max_num_seqs"] // 2
+        return [Finding("adjust", "max_num_seqs", "less is better", half)] if half > 128 else []
+
+
+FOUND_BY["WrongPlans"] = "L0/review"
+
+
+@bug("L0/step_limits")
+class BucketsFall(Quick):
+    """Token buckets, the largest first."""
+
+    def step_limits(self, plan: Mapping[str, object]) -> StepLimits:
+        return StepLimits(token_buckets=(64, 16))
+
+
+@bug("L0/step_limits")
+class CompilesWithoutBuckets(Quick):
+    """It is to be asked for compiled steps, of no size."""
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(super().capabilities(device), compiles_steps=True)
+
+
+@bug("L0/kv_constraints")
+class NarrowSlots(Quick):
+    """Slots of a type that engines do not make."""
+
+    def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
+        return dataclasses.replace(super().kv_constraints(spec), slot_dtype="int16")
+
+
 # ------------------------------------------------------------------------------ L0: the device
+
+
+class WideDevice(StrictDevice):
+    """Its signature is changed below, after the definition."""
+
+
+def _alloc(self: Any, shape: Any, dtype: Any, tag: str, pool: int = 0) -> Tensor:
+    return StrictDevice.alloc(self, shape, dtype, tag)
+
+
+WideDevice.alloc = _alloc  # type: ignore[method-assign]
+
+
+@bug("L0/device/open")
+class DeviceSignatureSetLater(Quick):
+    """A device's member of another signature, set after its definition."""
+
+    device_class = WideDevice
+
+
+class FlatDevice(StrictDevice):
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
+        return super().alloc(shape or (1,), dtype, tag)
+
+
+@bug("L0/device/alloc")
+class NoScalars(Quick):
+    """Memory without dimensions has one."""
+
+    device_class = FlatDevice
+
+
+class PlainErrorDevice(StrictDevice):
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
+        try:
+            return super().alloc(shape, dtype, tag)
+        except DeviceOutOfMemory as error:
+            raise ValueError(str(error)) from None
+
+
+@bug("L0/device/out of memory")
+class OutOfMemoryIsAnother(Quick):
+    """No room is told by another error than the contract's."""
+
+    device_class = PlainErrorDevice
+
+
+class SwappingQueue(queue.Queue[Any]):
+    def _get(self) -> Any:
+        if len(self.queue) > 10:
+            self.queue[0], self.queue[1] = self.queue[1], self.queue[0]
+        return super()._get()
+
+
+class SwappingDevice(StrictDevice):
+    def __init__(self, index: int, delay: float) -> None:
+        super().__init__(index, delay)
+        waited_for, self._queue = self._queue, SwappingQueue()  # type: ignore[assignment]
+        first = StrictEvent()
+        waited_for.put((lambda: None, first))
+        first.wait()
+
+
+@bug("L0/device/order")
+class Overtakes(Quick):
+    """Where much is queued, the second comes first."""
+
+    device_class, delay = SwappingDevice, 0.001
+
+
+class NoSynchronizeDevice(StrictDevice):
+    def synchronize(self) -> None:
+        pass
+
+
+@bug("L0/device/synchronize")
+class SynchronizeDoesNot(Quick):
+    """Synchronising waits for nothing."""
+
+    device_class, delay = NoSynchronizeDevice, 0.001
+
+
+class ClosesOnceDevice(StrictDevice):
+    def close(self) -> None:
+        if self._closed:
+            raise RuntimeError("closed already")
+        super().close()
+
+
+@bug("L0/device/close")
+class ClosesOnce(Quick):
+    """To close a second time is an error."""
+
+    device_class = ClosesOnceDevice
+
+
+class CapturingDevice(StrictDevice):
+    def capture(self, work: Callable[[], None]) -> Graph | None:
+        return Recording([])
+
+
+@bug("L0/device/graph")
+class CapturesUnclaimed(Quick):
+    """Graphs, although it claims none."""
+
+    device_class = CapturingDevice
 
 
 class AlwaysDone(StrictEvent):
@@ -271,7 +454,7 @@ class LeavingDevice(StrictDevice):
         self._closed = True
 
 
-@bug("L0")
+@bug("L0/kv_constraints")
 class CloseLeavesThread(Quick):
     """A closed device's worker goes on waiting for work."""
 
@@ -348,7 +531,7 @@ class WithOp(Quick):
         return {**super().ops(), self.op: [VendorOp(self.op, type(self).call)]}
 
 
-@bug("L1/silu_mul")
+@bug("L1/silu_mul/vendor/float32")
 class SupportsAndRaises(WithOp):
     """Support is promised for every size, odd ones raise."""
 
@@ -361,7 +544,7 @@ class SupportsAndRaises(WithOp):
         return OPS["silu_mul"].reference(*args)
 
 
-@bug("L1/gelu_mul")
+@bug("L1/gelu_mul/vendor/float32")
 class LeavesTheRemainder(WithOp):
     """The last elements of rows that are no multiple of 16 are not computed."""
 
@@ -374,7 +557,7 @@ class LeavesTheRemainder(WithOp):
         return found
 
 
-@bug("L1/rms_norm")
+@bug("L1/rms_norm/vendor/float32/special")
 class NanSwallowed(WithOp):
     """Where a NaN is due stands a zero."""
 
@@ -385,7 +568,7 @@ class NanSwallowed(WithOp):
         return OPS["rms_norm"].reference(*args).nan_to_num(0.0)
 
 
-@bug("L1/add")
+@bug("L1/add/vendor/float32")
 class Overrun(WithOp):
     """One element behind the first operand is written."""
 
@@ -398,7 +581,7 @@ class Overrun(WithOp):
         return OPS["add"].reference(*args)
 
 
-@bug("L1/gelu_tanh_mul")
+@bug("L1/gelu_tanh_mul/vendor/float32")
 class WorksInPlace(WithOp):
     """The input is used for the result."""
 
@@ -411,7 +594,7 @@ class WorksInPlace(WithOp):
         return found
 
 
-@bug("L1/rope")
+@bug("L1/rope/vendor/float32")
 class RopeTurnsTheWrongHalf(WithOp):
     """The sign of the rotation is that of the other half."""
 
@@ -424,7 +607,7 @@ class RopeTurnsTheWrongHalf(WithOp):
         return OPS["rope"].reference(query, key, positions, torch.cat((cos, -sin), dim=-1))
 
 
-@bug("L1/sample")
+@bug("L1/sample/vendor/float32")
 class SampleTakesTheLast(WithOp):
     """Of equal scores the last one wins."""
 
@@ -436,6 +619,80 @@ class SampleTakesTheLast(WithOp):
         return scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
 
 
+def off_by_one(op: str) -> Callable[..., Any]:
+    """The first element of the first result is one more than it should be."""
+
+    def call(*args: Any) -> Any:
+        results = OPS[op].reference(*args)
+        first = results[0] if isinstance(results, tuple) else results
+        first[(0,) * first.dim()] += 1
+        return results
+
+    return call
+
+
+for _op in ("embed", "rms_norm", "linear", "add_rms_norm", "gather_rows", "copy"):
+    _name = "OffByOne" + _op.title().replace("_", "")
+    globals()[_name] = bug(f"L1/{_op}/vendor/float32")(
+        type(
+            _name,
+            (WithOp,),
+            {"op": _op, "call": staticmethod(off_by_one(_op)), "__module__": __name__},
+        )
+    )
+
+
+@bug("L1/add/vendor/float32/special")
+class InfinityClipped(WithOp):
+    """Infinities become the greatest number."""
+
+    op = "add"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        found = OPS["add"].reference(*args)
+        return torch.where(found.isinf(), found.sign() * torch.finfo(found.dtype).max, found)
+
+
+@bug("L1/add/vendor/float32")
+class AnotherEachTime(WithOp):
+    """Deterministic by its word, and not: each call rounds another way."""
+
+    op, counter = "add", count()
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        return OPS["add"].reference(*args) * (1 + (next(AnotherEachTime.counter) % 2) * 2**-22)
+
+
+class Raising(VendorOp):
+    def supports(self, sig: OpSignature) -> Support:
+        if sig.sizes["size"] > 1000:
+            raise KeyError("no such kernel")
+        return super().supports(sig)
+
+
+@bug("L1/add/vendor/supports")
+class SupportsRaises(Quick):
+    """A size that it does not know is an error, not a refusal."""
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return {**super().ops(), "add": [Raising("add", OPS["add"].reference)]}
+
+
+class PromisingPacker(DensePacker):
+    def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int | None:
+        return shape[0] * shape[1]
+
+
+@bug("L1/packer/dense/float32")
+class PackerPromisesLess(Quick):
+    """A packed weight takes other memory than was promised."""
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        return {DENSE: PromisingPacker()}
+
+
 class DroppingPacker(WeightPacker):
     format = DENSE
 
@@ -445,7 +702,7 @@ class DroppingPacker(WeightPacker):
         return PackedWeight(DENSE, shape, (weight,))
 
 
-@bug("L1/linear")
+@bug("L1/linear/reference/float32")
 class PackerDropsRows(Quick):
     """Rows beyond a multiple of 16 are not packed."""
 
@@ -466,7 +723,7 @@ class WithFusion(Quick):
         return (Fusion("vendor", self.composition, impl),)
 
 
-@bug("L1/fusion")
+@bug("L1/fusion/vendor/float32")
 class FusionLeavesTheBias(WithFusion):
     """A fused op is not its composition: it leaves out the bias."""
 
@@ -475,7 +732,7 @@ class FusionLeavesTheBias(WithFusion):
         return WithFusion.call(args[0], args[1], None)
 
 
-@bug("L1/fusion")
+@bug("L1/fusion/vendor/float32")
 class FusionNobodyRuns(WithFusion):
     """A fused op for a chain that no model asks for."""
 
@@ -493,14 +750,19 @@ class WithAttention(Quick):
 
 
 ATTENTION: tuple[tuple[str, type[ReferenceAttention]], ...] = (
-    ("L1/attention/gqa", WrongSlot),
-    ("L1/attention/window", WindowOffByOne),
-    ("L1/attention/softcap", NoSoftcap),
-    ("L1/attention/gqa", HeadsInterleaved),
-    ("L1/attention/gqa", ReadsWholeBlocks),
-    ("L1/attention/gqa", KeysAndValuesSwapped),
-    ("L2/programs", CachedExport),
-    ("L2/programs", ForgottenRegion),
+    ("L0/kv_constraints", CountsHalf),
+    ("L1/attention/gqa/bfloat16", RefusesDumbly),
+    ("L1/attention/gqa/float32/reference/write", TouchesTheNext),
+    ("L1/attention/gqa/float32/reference/programs", DriftsApart),
+    ("L1/attention/gqa/float32/reference/blocks", SortsBlocks),
+    ("L1/attention/gqa/float32/reference/programs", WrongSlot),
+    ("L1/attention/window/float32/reference/programs", WindowOffByOne),
+    ("L1/attention/softcap/float32/reference/programs", NoSoftcap),
+    ("L1/attention/gqa/float32/reference/programs", HeadsInterleaved),
+    ("L1/attention/gqa/float32/reference/programs", ReadsWholeBlocks),
+    ("L1/attention/gqa/float32/reference/write", KeysAndValuesSwapped),
+    ("L2/programs/gqa/float32/reference", CachedExport),
+    ("L2/programs/gqa/float32/reference", ForgottenRegion),
 )
 for _found_by, _impl in ATTENTION:
     _name = f"Attention{_impl.__name__}"
@@ -526,7 +788,7 @@ class OneStagingBuffer(StrictDevice):
         return target
 
 
-@bug("L2/programs")
+@bug("L2/programs/gqa/float32/reference")
 class StagingReused(Quick):
     """Two steps in flight share the memory through which their block tables are copied."""
 
