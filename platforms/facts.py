@@ -111,9 +111,11 @@ class StepLimits:
 class KVConstraints:
     """What the KV cache must respect.
 
-    A block holds a multiple of `block_multiple` tokens, and its bytes in one layer are a multiple
-    of `alignment`. `slot_dtype`: `int64` or `int32`, the element type of the slots. `layouts`:
-    those of `AttentionImpl.layout` that the device can take (empty: any).
+    A block holds a multiple of `block_multiple` tokens, and each of its pieces (`KVRegion.bytes`
+    and `.stride`) is a multiple of `alignment`: the engine picks a block size by the bytes of a
+    block in one layer and refuses a cache whose pieces do not keep it, so `block_multiple` is to
+    be such that keys alone and values alone do. `slot_dtype`: `int64` or `int32`, the element type
+    of the slots. `layouts`: those of `AttentionImpl.layout` that the device takes (empty: any).
     """
 
     block_multiple: int = 1
