@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import buggy_platforms
+import bugs
 import pytest
 import torch
 
@@ -277,7 +278,7 @@ def test_fusions_are_asked_with_the_sizes_that_engines_ask_with() -> None:
             asked.append(sig)
             return Support.no("only asks")
 
-    class Platform(buggy_platforms.Quick):
+    class Platform(bugs.Quick):
         def fusions(self) -> Sequence[Fusion]:
             return (Fusion("noting", composition, Noting("linear+silu_mul", print)),)
 

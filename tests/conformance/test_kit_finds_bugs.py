@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import buggy_platforms
+import buggy_devices  # noqa: F401  (registers its platforms)
+import buggy_platforms  # noqa: F401
 import pytest
 import torch
+from bugs import FOUND_BY
 
 from trimaran.conformance import l0_contract
 from trimaran.conformance.base import Subject
@@ -15,15 +17,15 @@ from trimaran.conformance.report import FAILED, Outcome
 from trimaran.conformance.worker import Request, answers
 
 BELOW = [one.name for one in LEVELS if one.name < "L3"]
-SEEN_BY_A_PROCESS = ("ProbeStartsThread", "buggy_import:ImportPatches")
+SEEN_BY_A_PROCESS = ("buggy_platforms:ProbeStartsThread", "buggy_import:ImportPatches")
 """Bugs for which a fresh process must be asked; it takes seconds."""
 
-ONE_OF_EACH_LEVEL = ("MovesOneByOne", "Overrun", "AttentionForgottenRegion")
+ONE_OF_EACH_LEVEL = (
+    "buggy_devices:MovesOneByOne",
+    "buggy_platforms:Overrun",
+    "buggy_platforms:AttentionForgottenRegion",
+)
 """Found on every change; the others where slow tests run, too."""
-
-
-def reference(name: str) -> str:
-    return name if ":" in name else f"{buggy_platforms.__name__}:{name}"
 
 
 def first_failure(subject: Subject) -> Outcome | None:
@@ -57,17 +59,17 @@ def no_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     "name",
     [
         pytest.param(name, marks=() if name in ONE_OF_EACH_LEVEL else pytest.mark.slow)
-        for name in buggy_platforms.FOUND_BY
+        for name in FOUND_BY
     ],
 )
 def test_the_kit_finds(name: str) -> None:
-    found = first_failure(Subject(reference(name), quick=True))
+    found = first_failure(Subject(name, quick=True))
     assert found is not None, f"{name} passes"
-    assert found.full_name == buggy_platforms.FOUND_BY[name], found.detail
+    assert found.full_name == FOUND_BY[name], found.detail
 
 
 def test_there_are_enough_of_them_at_each_level() -> None:
-    found = [name.partition("/")[0] for name in buggy_platforms.FOUND_BY.values()]
+    found = [name.partition("/")[0] for name in FOUND_BY.values()]
     counts = {name: found.count(name) for name in BELOW}
     assert counts["L0"] >= 12 and counts["L1"] >= 12 and counts["L2"] >= 3, counts
 
@@ -102,6 +104,6 @@ def test_every_kind_of_check_has_been_seen_to_fail() -> None:
     listed = {
         kind(f"{name}/{check.name}") for name in BELOW for check in level(name).checks(subject)
     }
-    seen = set(map(kind, buggy_platforms.FOUND_BY.values()))
+    seen = set(map(kind, FOUND_BY.values()))
     assert listed - seen == NO_BUG_FOR.keys()
     assert seen - listed == {"L1/fusion"}, "of what strict has not"
