@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import pkgutil
 import subprocess
@@ -21,14 +20,10 @@ import torch
 from .. import core, platforms
 from ..core.env import child_environment
 from ..platforms.registry import choose
+from ..platforms.surroundings import Surroundings
 
-WATCHED = ("torch", "torch.nn.functional", "torch.nn.modules.module", "torch.cuda")
 TIME_LIMIT = 120.0
 """Seconds for the import and a probe."""
-
-Snapshot = Mapping[str, Any]
-"""`module.attribute` or `module.Class.attribute` → the object itself, which is thereby kept alive
-so that no other can come to have its identity; of a table, its items too."""
 
 Findings = Mapping[str, list[str]]
 """`import` and `probe` → what each did that it may not."""
@@ -54,25 +49,25 @@ def main(reference: str) -> None:
 
 
 def examine(reference: str) -> Findings:
+    """Discovery asks the same of `Surroundings`; here the deck is complete before, and what only a
+    fresh process can tell is asked as well: its threads, its environment, its devices."""
     modules = list(_modules())
-    before = snapshot(modules)
-    environment = child_environment({})
-    threads, state = _threads(), _torch_state()
+    environment, tables = child_environment({}), _tables(modules)
+    threads, devices = _threads(), _devices_in_use()
+    surroundings = Surroundings()
     cls = choose(reference)  # imports it, and asks it once
-    changed = compare(before, snapshot(modules))
-    changed += [
-        f"the environment: {name}" for name in _differing(environment, child_environment({}))
-    ]
+    changed = surroundings.changes(cls.__module__.partition(".")[0])
+    changed += [f"changes {name}" for name in _differing(tables, _tables(modules))]
+    now = child_environment({})
+    changed += [f"changes the environment: {name}" for name in _differing(environment, now)]
     cls.probe()
-    begun = sorted(set(_threads()) - set(threads))
-    now = _torch_state()
-    probed = [f"started a thread: {name}" for name in begun]
-    probed += [f"changed {name} to {now[name]}" for name in _differing(state, now)]
-    return {"import": changed, "probe": probed}
+    begun = [f"started a thread: {name}" for name in sorted(set(_threads()) - set(threads))]
+    used = [f"initialised {name}" for name in sorted(_devices_in_use() - devices)]
+    return {"import": sorted(changed), "probe": begun + used}
 
 
 def _modules() -> Iterator[ModuleType]:
-    """The engine's deck and what of torch others may be tempted to patch, imported."""
+    """The engine's deck, imported."""
     for package in (core, platforms):
         for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
             if info.name.endswith(("__main__",)):
@@ -81,50 +76,17 @@ def _modules() -> Iterator[ModuleType]:
                 yield import_module(info.name)
             except ImportError:  # of an extra that is not installed, or not a platform's host
                 continue
-    yield from map(import_module, WATCHED)
 
 
-def snapshot(modules: list[ModuleType]) -> Snapshot:
-    seen: dict[str, Any] = {}
+def _tables(modules: list[ModuleType]) -> Mapping[str, Any]:
+    """What stands in the modules' public dicts and lists, such as that of the ops."""
+    found: dict[str, Any] = {}
     for module in modules:
         for name, value in list(vars(module).items()):
-            if isinstance(value, ModuleType) or name.startswith("__"):
-                continue
-            at = f"{module.__name__}.{name}"
-            seen[at] = value
-            if inspect.isclass(value) and _watched(value, module):
-                seen.update((f"{at}.{key}", one) for key, one in list(vars(value).items()))
-            elif type(value) in (dict, list):
+            if not name.startswith("_") and type(value) in (dict, list):
                 items = value.items() if isinstance(value, dict) else enumerate(value)
-                seen.update((f"{at}[{key!r}]", one) for key, one in list(items))
-    return seen
-
-
-def _watched(cls: type, module: ModuleType) -> bool:
-    return cls.__module__ == module.__name__ or cls is torch.Tensor
-
-
-def compare(before: Snapshot, after: Snapshot) -> list[str]:
-    """Names that mean something else now. New names are torch's own affair (it loads lazily), and
-    a finding in our modules, their private tables apart."""
-    ours = __name__.partition(".")[0] + "."
-    return sorted(
-        name
-        for name in before.keys() | after.keys()
-        if (name in before or (name.startswith(ours) and not _private_table(name)))
-        and before.get(name) is not after.get(name)
-        and not _bookkeeping(name)
-    )
-
-
-def _private_table(name: str) -> bool:
-    """Is it an entry of a module's own table, such as a cache?"""
-    return "[" in name and name.partition("[")[0].rpartition(".")[2].startswith("_")
-
-
-def _bookkeeping(name: str) -> bool:
-    """What Python itself writes into a class when it is subclassed or asked."""
-    return name.rpartition(".")[2] in ("_abc_impl", "__abstractmethods__", "__weakref__")
+                found |= {f"{module.__name__}.{name}[{key!r}]": one for key, one in list(items)}
+    return found
 
 
 def _threads() -> list[str]:
@@ -134,17 +96,21 @@ def _threads() -> list[str]:
     return named + ([f"native {one.name}" for one in tasks.iterdir()] if tasks.exists() else [])
 
 
-def _torch_state() -> dict[str, Any]:
-    return {
-        "torch's thread count": torch.get_num_threads(),
-        "torch's default dtype": str(torch.get_default_dtype()),
-        "torch's default device": str(torch.get_default_device()),
-        "whether an accelerator is initialised": torch.cuda.is_initialized(),
-        "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
-    }
+def _devices_in_use() -> set[str]:
+    """Kinds of devices that torch has initialised: its own, and a vendor's who registered one."""
+    accelerator = torch.accelerator.current_accelerator(check_available=False)
+    names = {"cuda", "xpu", "mtia", torch._C._get_privateuse1_backend_name()}
+    names |= {accelerator.type} if accelerator is not None else set()
+    modules = {name: getattr(torch, name, None) for name in names}
+    asked = {name: getattr(module, "is_initialized", None) for name, module in modules.items()}
+    return {name for name, initialised in asked.items() if initialised and initialised()}
 
 
 def _differing(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    names = before.keys() | after.keys()
     return sorted(
-        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+        name
+        for name in names
+        if (name in before) != (name in after)
+        or (before.get(name) is not after.get(name) and before.get(name) != after.get(name))
     )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from trimaran.cli.main import main
-from trimaran.conformance import l0_contract, runner, shrink
+from trimaran.conformance import l0_contract, purity, runner, shrink
 from trimaran.conformance.base import Check, Failed, Level, Skipped, Subject
 from trimaran.conformance.cases import CASES, OpCase, sizes
 from trimaran.conformance.compare import difference
@@ -29,6 +30,7 @@ from trimaran.conformance.report import Outcome, Report
 from trimaran.conformance.runner import run_kit
 from trimaran.conformance.worker import Request, answers, run_check, selected
 from trimaran.core.ops import OpBinder
+from trimaran.platforms import ops
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import Fusion, OpSignature, Support
 from trimaran.platforms.ops import EXACT, OPS, Tolerance
@@ -373,3 +375,13 @@ def test_difference_is_strict_about_what_is_not_finite() -> None:
 def test_outcomes_of_l0_say_what_they_are_about() -> None:
     assert all(check.about for check in l0_contract.checks(Subject("strict")))
     assert Outcome("L0", "a", "passed").full_name == "L0/a"
+
+
+def test_purity_sees_tables_and_devices_of_vendors(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, devices = purity._tables([ops]), purity._devices_in_use()
+    monkeypatch.setitem(ops.OPS, "add", ops.OPS["copy"])  # type: ignore[arg-type]
+    changed = purity._differing(before, purity._tables([ops]))
+    assert changed == ["trimaran.platforms.ops.OPS['add']"]
+    module = types.SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setattr(torch, torch._C._get_privateuse1_backend_name(), module, raising=False)
+    assert purity._devices_in_use() - devices == {torch._C._get_privateuse1_backend_name()}
