@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import _thread
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -28,12 +29,17 @@ from trimaran.platforms.interface import (
     Event,
     GroupSpec,
     KVConstraints,
+    KVRegion,
     LayerKV,
     MemoryInfo,
+    OpImpl,
+    OpSignature,
+    PackedWeight,
     Probe,
     StepFn,
     StepGraph,
     StepLimits,
+    Support,
 )
 from trimaran.platforms.step_graph import interpret
 from trimaran.platforms.strict import StrictKnobs, StrictPlatform
@@ -88,6 +94,51 @@ class LongDecode(ReferenceAttention):
                 lengths[i] = 150
         batch = AttentionBatch(starts, lengths, metadata.block_tables, metadata.slots)
         return super().run(query, kv, spec, batch)
+
+
+class TablesByFirstBlock(ReferenceAttention):
+    """A long block table is kept by its first block, which other sequences of the same prefix
+    have as well."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, Tensor] = {}
+
+    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> AttentionBatch:
+        tables = batch.block_tables.clone()
+        for row, length in zip(tables, batch.seq_lens, strict=True):
+            used, first = -(-length // spec.block_size), int(row[0])
+            kept = self._kept.get(first)
+            if kept is None or len(kept) < used or used < 8:
+                self._kept[first] = row[:used].clone()
+            else:
+                row[:used] = kept[:used]
+        return AttentionBatch(batch.query_starts, batch.seq_lens, tables, batch.slots)
+
+
+class RoundsWide(OpImpl):
+    """Products of more than a thousand columns, as those of a vocabulary, of rounded factors."""
+
+    op = "linear"
+    name = "rounds"
+    priority = 1000
+
+    def supports(self, sig: OpSignature) -> Support:
+        return Support.yes()
+
+    def __call__(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        dense = weight.tensors[0]
+        if len(dense) > 1000:
+            x, dense = x.bfloat16().to(x.dtype), dense.bfloat16().to(x.dtype)
+        return torch.nn.functional.linear(x, dense, bias)
+
+
+class RoundsWidePlatform(StrictPlatform):
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return {"linear": [RoundsWide()]}
+
+
+class TablesByFirstBlockPlatform(WithAttention):
+    impl = TablesByFirstBlock
 
 
 class StaleTablesPlatform(WithAttention):
@@ -259,6 +310,25 @@ class ThreadsStay(HostDevice):
         return cache
 
 
+class SmallNumbers(HostDevice):
+    """Only the first blocks of a cache are moved: their numbers have four bits."""
+
+    def move_blocks(self, regions: Sequence[KVRegion], pairs: Sequence[tuple[int, int]]) -> None:
+        super().move_blocks(regions, [pair for pair in pairs if max(pair) < 16])
+
+
+class LeavesFilesOpen(HostDevice):
+    """Every few launches a file is opened, and never closed."""
+
+    launches = 0
+
+    def launch(self, work: Callable[[], None]) -> Event:
+        self.launches += 1
+        if self.launches % 8 == 0:
+            os.dup(0)
+        return super().launch(work)
+
+
 class LosesMemory(HostDevice):
     """Each launch has an argument buffer, and all of them are kept."""
 
@@ -351,6 +421,14 @@ class LossHangs(HostDevice):
         return event
 
 
+class SmallNumbersPlatform(WithDevice):
+    device = SmallNumbers
+
+
+class LeavesFilesOpenPlatform(WithDevice):
+    device = LeavesFilesOpen
+
+
 class KeepsCachesPlatform(WithDevice):
     device = KeepsCaches
 
@@ -395,6 +473,9 @@ BUGS: Mapping[str, tuple[str, str]] = {
     "FewSequencesPlatform": ("L3", "batches"),
     "StaleMetadataPlatform": ("L3", "models"),
     "LongDecodePlatform": ("L3", "step_limits"),
+    "TablesByFirstBlockPlatform": ("L3", "prefix_cache"),
+    "RoundsWidePlatform": ("L3", "logprobs"),
+    "SmallNumbersPlatform": ("L3", "forks"),
     "TwoRanksOnlyPlatform": ("L4", "collectives/4"),
     "OwnFirstPlatform": ("L4", "collectives/4"),
     "HalfTheBitsPlatform": ("L4", "collectives/4"),
@@ -407,6 +488,7 @@ BUGS: Mapping[str, tuple[str, str]] = {
     "KeepsItsContextPlatform": ("L5", "open_close"),
     "LossIsAnErrorPlatform": ("L5", "device_lost/event"),
     "StickyErrorPlatform": ("L5", "failed_step"),
+    "LeavesFilesOpenPlatform": ("L5", "server/leaks"),
     "LossHangsPlatform": ("L5", "device_lost/event"),
 }
-"""Platform → the first level that fails, and the check of it that is run in the tests."""
+"""Platform → the level above L2 that the bug belongs to, and the check of it that must fail."""

@@ -1,5 +1,5 @@
 """Levels L3 to L5 of the kit: `cpu` passes them, and each platform with a bug that only engines,
-groups or servers meet fails the level named for it, and none below."""
+groups or servers meet fails the check named for it, and none of L0 to L2, which try parts alone."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ from trimaran.conformance.scenarios import Scenario, judge, shrink
 from trimaran.conformance.worker import Request, answers
 
 HERE = Path(__file__).parent
-IN_PROCESS = [name for name, (found_at, _) in BUGS.items() if found_at != "L4"]
+WITH_PROCESSES = ("L4/", "L5/server/")
+IN_PROCESS = [name for name, at in BUGS.items() if not "/".join(at).startswith(WITH_PROCESSES)]
 SLOW = (
+    "TablesByFirstBlockPlatform",
+    "RoundsWidePlatform",
+    "SmallNumbersPlatform",
+    "LosesDeviceMemoryPlatform",
+    "KeepsItsContextPlatform",
     "StaleTablesPlatform",
     "StaleMetadataPlatform",
     "ThreadsStayPlatform",
@@ -70,7 +76,7 @@ def test_a_bug_that_engines_meet(name: str) -> None:
     at, check = BUGS[name]
     (found,) = outcomes(subject(name), at, check)
     assert found.status == FAILED, f"{name} passes {at}/{check}"
-    if at == "L3":
+    if at == "L3" and check in ("models", "batches", "step_limits"):
         assert "settings:" in found.case and "expected:" in found.case
         assert found.seed == 0
 
@@ -78,7 +84,7 @@ def test_a_bug_that_engines_meet(name: str) -> None:
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in BUGS if name not in IN_PROCESS])
-def test_a_bug_that_groups_meet(name: str) -> None:
+def test_a_bug_that_groups_or_servers_meet(name: str) -> None:
     at, check = BUGS[name]
     (found,) = outcomes(subject(name), at, check)
     assert found.status == FAILED, f"{name} passes {at}/{check}"
@@ -99,9 +105,9 @@ def test_a_bug_that_hangs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUGS)
-def test_no_level_below_fails(name: str) -> None:
-    """Otherwise the bug would be one of that level, and say nothing about the higher one."""
-    below = [one.name for one in LEVELS if one.name < min(BUGS[name][0], "L3")]
+def test_no_level_of_parts_fails(name: str) -> None:
+    """Otherwise the bug would be one of a part, and say nothing about engines and servers."""
+    below = [one.name for one in LEVELS if one.name < "L3"]
     failed = [
         one.full_name for at in below for one in outcomes(subject(name), at) if one.status == FAILED
     ]
