@@ -13,7 +13,7 @@ import pytest
 import torch
 from buggy_engine_platforms import BUGS
 
-from trimaran.conformance import scenarios
+from trimaran.conformance import l3_engine, scenarios
 from trimaran.conformance.base import Failed, Subject
 from trimaran.conformance.levels import LEVELS, level
 from trimaran.conformance.models import Case, cases, describe, oracle
@@ -170,6 +170,11 @@ def test_a_wrong_expectation_fails_and_is_made_small() -> None:
     with pytest.raises(Failed, match="generated token 3: expected") as caught:
         judge(Subject("cpu"), Scenario("qwen3", (first, wrong, third)))
     assert caught.value.case.count("prompt of") == 1
+
+
+def test_log_probabilities_that_are_missing_fail() -> None:
+    with pytest.raises(Failed, match="here: 0 positions have log-probabilities, not 2"):
+        l3_engine._compare([], torch.zeros(3, 9), [4, 5], "here", "float32")
 
 
 def test_shrinking_keeps_what_fails() -> None:
