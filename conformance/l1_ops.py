@@ -27,6 +27,7 @@ from .base import Check, Failed, Measurements, Skipped, Subject, expect
 from .cases import CASES, CHAIN_CASES, SPECIAL, SPREADS, Arguments, OpCase, dense, sizes
 from .compare import as_tuple, difference
 from .lab import Guarded, as_bits, on_device, opened, to_host_all
+from .report import REFUSED
 from .speed import op_speed
 
 TOKENS = (1, 3, 33, 130)
@@ -135,7 +136,7 @@ def accepted(impl: OpImpl, cases: Iterable[OpCase]) -> Iterator[OpCase]:
             yield case
         reason = answer.reason
     if not any_accepted:
-        raise Skipped(f"refused: {reason}")
+        raise Skipped(REFUSED + reason)
 
 
 def _expect_same_bits(device: Device, impl: OpImpl, packer: WeightPacker, case: OpCase) -> None:

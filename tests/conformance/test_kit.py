@@ -26,7 +26,7 @@ from trimaran.conformance.cases import CASES, OpCase, sizes
 from trimaran.conformance.compare import difference
 from trimaran.conformance.lab import Guarded
 from trimaran.conformance.levels import LEVELS, level
-from trimaran.conformance.report import Outcome, Report
+from trimaran.conformance.report import REFUSED, Outcome, Report
 from trimaran.conformance.runner import run_kit
 from trimaran.conformance.worker import Request, answers, run_check, selected
 from trimaran.core.ops import OpBinder
@@ -130,6 +130,10 @@ def test_only_selects_by_name_by_beginning_and_by_pattern(
     assert not report_of(monkeypatch, *levels, only=["L1/nothing"]).ok
 
 
+def refused() -> None:
+    raise Skipped(REFUSED + "no such unit")
+
+
 def test_skips_have_a_budget_and_required_checks_none(monkeypatch: pytest.MonkeyPatch) -> None:
     passing = [Check(f"fine {i}", lambda: None) for i in range(3)]
     optional = Check("optional", skipping, required=False)
@@ -138,6 +142,9 @@ def test_skips_have_a_budget_and_required_checks_none(monkeypatch: pytest.Monkey
     two = [optional, dataclasses.replace(optional, name="another")]
     over = report_of(monkeypatch, fake("L1", *passing, *two))
     assert not over.ok and not over.failures and "budget" in over.verdict()
+    refusing = Check("refusing", refused, required=False)
+    declined = [refusing, dataclasses.replace(refusing, name="another")]
+    assert report_of(monkeypatch, fake("L1", *passing, *declined)).ok, "refusing is a right"
     required = report_of(monkeypatch, fake("L1", Check("needed", skipping)))
     assert "may not be skipped" in required.failures[0].detail
 
