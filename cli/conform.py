@@ -7,7 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .flags import number
+from .flags import check_writable, number
 
 if TYPE_CHECKING:
     from ..conformance.base import Level
@@ -63,6 +63,8 @@ def run(namespace: argparse.Namespace) -> int:
     from ..conformance.runner import run_kit
 
     levels = _levels(namespace.level)
+    if namespace.report:
+        check_writable(namespace.report)
     subject = Subject(namespace.platform, namespace.device, namespace.seed, namespace.quick)
     budget = SKIP_BUDGET if namespace.skip_budget is None else namespace.skip_budget
     report = run_kit(
@@ -75,6 +77,9 @@ def run(namespace: argparse.Namespace) -> int:
         partial=namespace.level is not None,
         progress=_Watch(),
     )
+    if report.absent:
+        print(f"trimaran conform: error: {report.absent}", file=sys.stderr)
+        return 2
     if namespace.report:
         report.write(namespace.report)
     if namespace.json:

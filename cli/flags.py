@@ -9,9 +9,11 @@ import math
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..core.args import flag_fields
+from ..core.errors import ConfigError
 
 A = TypeVar("A")
 
@@ -72,6 +74,18 @@ def number(
 
     parse.__name__ = kind.__name__  # in argparse's own message of what is no number
     return parse
+
+
+def check_writable(name: str) -> None:
+    """Raise `ConfigError` now if the file cannot be written after minutes of work."""
+    path = Path(name)
+    try:
+        new = not path.exists()
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be written: {error.strerror}.", param="report") from None
 
 
 def json_object(text: str) -> dict[str, Any]:

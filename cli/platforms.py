@@ -48,7 +48,7 @@ def run(namespace: argparse.Namespace) -> int:
         print()
     else:
         _print(report)
-    return 0 if report["chosen"] else 1
+    return 0 if report["chosen"] and "error" not in report else 1
 
 
 def build_report(args: EngineArgs, trial_seconds: float) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..core.args import EngineArgs, flag_fields
 from ..core.errors import ConfigError
-from .flags import add_flags, build, number
+from .flags import add_flags, build, check_writable, number
 from .serve import add_model, take_model
 
 SHOWN = ("dtype", "kv_cache_dtype", "max_model_len", "revision", "hf_overrides", "num_threads")
@@ -54,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(namespace: argparse.Namespace) -> int:
     take_model(namespace)
+    if namespace.report:
+        check_writable(namespace.report)
     report = build_report(
         build(EngineArgs, namespace),
         _two(namespace.platforms),

@@ -176,7 +176,7 @@ def _started(subject: Subject, asked: MemberRequest) -> _Member:
     plan = {"tensor_parallel_size": asked.size, "num_threads": 1}
     out, err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115  (closed by close)
     process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.l4_member", json.dumps(asdict(asked))],
+        [sys.executable, "-P", "-m", f"{__package__}.l4_member", json.dumps(asdict(asked))],
         stdin=subprocess.PIPE,
         stdout=out,
         stderr=err,

@@ -194,7 +194,7 @@ class Server:
             "engine-restarts": 0,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "trimaran", "serve"]
+            [sys.executable, "-P", "-m", "trimaran", "serve"]
             + [f"--{name}={value}" for name, value in flags.items()],
             stdin=subprocess.DEVNULL,
             stdout=self.log,

@@ -51,6 +51,7 @@ class Report:
     seed: int = 0
     quick: bool = False
     partial: bool = False  # not all levels, or only some checks
+    absent: str = ""  # why there was nothing to examine
     skip_budget: float = SKIP_BUDGET
     platform: str = ""
     vendor: str = ""
@@ -153,6 +154,8 @@ class Report:
     def verdict(self) -> str:
         counts = Counter(one.status for one in self.outcomes)
         words = ", ".join(f"{counts[status]} {status}" for status in (PASSED, FAILED, SKIPPED))
+        if self.absent:
+            return self.absent
         if not self.outcomes:
             return f"{self.platform or self.reference}: no check is of that name"
         said = "conforms" if self.ok else "does not conform"
@@ -160,6 +163,7 @@ class Report:
             said += f", but nothing of {' and '.join(self.unproved)} was run"
         if self.ok and self.partial:
             said = "conforms as far as it was asked"
+        said += " (quick)" if self.quick else ""
         over = ""
         if self.over_budget:
             over = f"; more is skipped than the budget of {self.skip_budget:.0%} allows"

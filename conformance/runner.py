@@ -143,6 +143,7 @@ class _Run:
         """Returns the check that is running now; every one that was begun is `done`."""
         if "facts" in message:
             self._told, self._hopeless = True, "hopeless" in message
+            self._report.absent = message.get("hopeless", "")
             for name, value in message["facts"].items():
                 setattr(self._report, name, value)
         if "checks" in message and first:
@@ -186,7 +187,7 @@ class _Child:
     def __init__(self, request: dict[str, Any]) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the child)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
+            [sys.executable, "-P", "-m", f"{__package__}.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,

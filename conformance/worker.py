@@ -108,12 +108,22 @@ def answers(request: Request) -> Iterator[Message]:
 def _facts(subject: Subject) -> Message:
     """With an outcome where they cannot be told; `hopeless` where there is nothing to examine."""
     try:
+        _find(subject)
         return {"facts": facts(subject)}
     except PlatformUnavailable as error:
-        said = Outcome("L0", FACTS, FAILED, str(error))
-        return {"facts": {}, "outcome": dataclasses.asdict(said), "hopeless": True}
+        return {"facts": {}, "hopeless": str(error)}
     except Exception as error:  # the platform's, of what it says about itself
         return {"facts": {}, "outcome": _failure("L0", FACTS, error, 0.0)}
+
+
+def _find(subject: Subject) -> None:
+    """Raises `PlatformUnavailable` where there is no such device."""
+    indices = [device.index for device in subject.cls.probe().devices]
+    if subject.device not in indices:
+        raise PlatformUnavailable(
+            f"Platform {subject.reference!r} has the devices {indices}; there is no device "
+            f"{subject.device}."
+        )
 
 
 def run_check(level: str, check: Check) -> Outcome:

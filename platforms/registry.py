@@ -9,6 +9,7 @@ Before that an installed package is asked for its manifest, and tried once in a 
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 from collections.abc import Iterator
@@ -104,9 +105,16 @@ def _usable(candidate: Candidate, name: str) -> type[Platform]:
 
 
 def _unavailable(name: str, candidates: list[Candidate]) -> PlatformUnavailable:
-    asked = "No platform is usable" if name == "auto" else f"Platform {name!r} is not usable"
-    lines = [f"  {c.name}: {c.probe.reason or 'usable'}" for c in candidates]
-    return PlatformUnavailable("\n".join([f"{asked} here. Known platforms:", *lines]))
+    said = "No platform is usable here."
+    if name != "auto":
+        near = difflib.get_close_matches(name.lower(), [c.name for c in candidates], n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        said = f"There is no platform {name!r}{meant}."
+        for candidate in candidates:
+            if candidate.name == name:
+                said = f"Platform {name!r} is not usable here: {candidate.probe.reason}"
+    others = [f"  {c.name}: {c.probe.reason or 'usable'}" for c in candidates if c.name != name]
+    return PlatformUnavailable("\n".join([said, "Known platforms:", *others]))
 
 
 @functools.cache

@@ -41,7 +41,7 @@ def try_out(reference: str, name: str, seconds: float) -> str:
     """
     with tempfile.TemporaryDirectory(prefix="trimaran-trial-") as folder:
         records = _Records(Path(folder))
-        command = [sys.executable, "-m", __name__, reference, "--name", name]
+        command = [sys.executable, "-P", "-m", __name__, reference, "--name", name]
         command += ["--seconds", str(seconds), "--records", folder, "--path", json.dumps(sys.path)]
         status = _run(command, records, seconds + _START_SECONDS)
         return records.verdict(status, seconds)

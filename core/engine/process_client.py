@@ -173,7 +173,7 @@ class ProcessClient:
         with open(reader, "rb") as pipe:
             try:
                 self._process = process = subprocess.Popen(
-                    [sys.executable, "-m", ENGINE_MODULE],
+                    [sys.executable, "-P", "-m", ENGINE_MODULE],
                     stdin=subprocess.PIPE,
                     stdout=2,  # whatever a library prints must not mix with a program's output
                     pass_fds=(writer,),

@@ -99,7 +99,7 @@ class RenderPool:
 
     def _start(self) -> _Worker:
         process = subprocess.Popen(
-            [sys.executable, "-m", WORKER_MODULE, str(self._time_limit)],
+            [sys.executable, "-P", "-m", WORKER_MODULE, str(self._time_limit)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # Ctrl-C in the terminal is the parent's business; this ends with its standard input.

@@ -162,7 +162,9 @@ def test_a_built_in_platform_without_its_hardware_says_what_is_missing(
         assert found[name].cls is not None, "that it does not apply here is not a fault"
         assert found[name].usable or re.search(library, found[name].probe.reason)
         if not found[name].usable:
-            with pytest.raises(PlatformUnavailable, match=rf"  {name}: .*({library})"):
+            with pytest.raises(
+                PlatformUnavailable, match=rf"'{name}' is not usable here: .*({library})"
+            ):
                 registry.choose(name)
     registry.choose()
     assert caplog.messages == []
@@ -252,7 +254,7 @@ def test_choosing_what_is_not_there_lists_each_platform_and_its_reason(entry: An
     with pytest.raises(PlatformUnavailable) as caught:
         registry.choose("acme")
     message = str(caught.value)
-    assert "Platform 'acme' is not usable here" in message
+    assert "There is no platform 'acme'." in message
     assert "cpu: " in message and "broken: AttributeError" in message
 
 
@@ -304,7 +306,7 @@ def test_a_broken_package_is_one_warning_in_a_process(
     assert caplog.messages == [
         "platform broken (vendor-broken 1.0): OSError: libacme.so is missing"
     ]
-    with pytest.raises(PlatformError, match="absent: one card"):
+    with pytest.raises(PlatformError, match="not usable here: one card"):
         make_platform("absent")
 
 
