@@ -197,10 +197,11 @@ def _print(report: dict[str, Any]) -> None:
     for one in report["prompts"]:
         if one["first"] is not None or one["error"]:
             said = "within" if one["explained"] else "beyond"
-            print(
-                f"  prompt {one['prompt']}: first differs at token {one['first']}, margin "
-                f"{one['margin']:.3g}, {said} {report['margin']:g} {one['error']}"
+            line = (
+                f"  prompt {one['prompt']}: first differs at token {one['first']}, where the "
+                f"log-probabilities are {one['margin']:.3g} apart: {said} {report['margin']:g}"
             )
+            print(f"{line} ({one['error']})" if one["error"] else line)
     table = Table("layer", "max error", "stream", "own", title="Layers", title_justify="left")
     for one in report["layers"]:
         row = [f"{one[name]:.3g}" for name in ("max_abs", "relative", "own")]

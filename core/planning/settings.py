@@ -11,6 +11,7 @@ import torch
 from ...platforms.interface import Finding
 from ..args import EngineArgs
 from ..dtypes import choose_dtype, choose_kv_dtype, dtype_name
+from ..errors import ConfigError
 from ..lengths import Lengths, choose_lengths
 from .model import ModelFacts
 from .targets import Target
@@ -57,6 +58,11 @@ def choose_settings(
 
     def settings(lengths: Lengths) -> Settings:
         length = lengths.max_model_len
+        if context is not None and context > length:
+            raise ConfigError(
+                f"context is {context}, but a sequence has at most {length} tokens here.",
+                param="context",
+            )
         wanted = context or (DEFAULT_CONTEXT if args.max_model_len is None else length)
         return Settings(
             dtype=dtype,

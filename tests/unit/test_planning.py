@@ -170,6 +170,12 @@ def test_limits_are_those_of_the_formulas() -> None:
     assert found.value("limits", "prefill of 2048") == pytest.approx(work / 1e14, rel=1e-6)
 
 
+def test_a_context_beyond_the_model_is_refused() -> None:
+    args = args_of("llama-3.1-8b")
+    with pytest.raises(ConfigError, match="context is 999999, but a sequence has at most 131072"):
+        plan(read_model(args), args, toy(), context=999_999)
+
+
 def test_what_fits_is_what_is_left() -> None:
     args = args_of("llama-3.1-8b", dtype="bfloat16", gpu_memory_utilization=0.5)
     found = plan(read_model(args), args, toy(), context=8192)
