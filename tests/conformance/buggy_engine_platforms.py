@@ -318,15 +318,23 @@ class SmallNumbers(HostDevice):
 
 
 class LeavesFilesOpen(HostDevice):
-    """Every few launches a file is opened, and never closed."""
+    """Every few launches a file is opened, which is closed with the device and no sooner."""
 
-    launches = 0
+    def __init__(self, index: int = 0) -> None:
+        super().__init__(index)
+        self._launches = 0
+        self._files: list[int] = []
 
     def launch(self, work: Callable[[], None]) -> Event:
-        self.launches += 1
-        if self.launches % 8 == 0:
-            os.dup(0)
+        self._launches += 1
+        if self._launches % 8 == 0:
+            self._files.append(os.dup(0))
         return super().launch(work)
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
+        super().close()
 
 
 class LosesMemory(HostDevice):
