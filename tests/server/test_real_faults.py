@@ -169,7 +169,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 def test_a_platform_that_is_not_there(model):
     status, error, _ = serve_in_vain(str(model), "--port=0", "--platform=quantum")
-    assert status == 1 and "\ntrimaran: error: Platform 'quantum'" in "\n" + error
+    assert status == 1 and "\ntrimaran: error: There is no platform 'quantum'." in "\n" + error
     assert "\n  cpu: " in error and "Traceback" not in error
 
 

@@ -158,7 +158,7 @@ def test_a_built_in_platform_without_its_hardware_says_what_is_missing(
     monkeypatch.setattr(registry, "_BUILT_IN", BUILT_IN)
     found = {candidate.name: candidate for candidate in registry.available()}
     assert set(found) == {"cpu", "cuda", "rocm", "strict"}
-    for name, library in (("cuda", r"NVIDIA|NVML|pynvml"), ("rocm", r"AMD|amdsmi")):
+    for name, library in (("cuda", r"NVIDIA|nvidia-ml-py"), ("rocm", r"AMD|amdsmi")):
         assert found[name].cls is not None, "that it does not apply here is not a fault"
         assert found[name].usable or re.search(library, found[name].probe.reason)
         if not found[name].usable:
