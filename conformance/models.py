@@ -147,11 +147,11 @@ def _build(name: str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
         model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-        _unsettle(model)
+        unsettle(model)
     return model
 
 
-def _unsettle(model: torch.nn.Module) -> None:
+def unsettle(model: torch.nn.Module) -> None:
     """Norm weights start at 1 and biases at 0, where dropping them would go unnoticed."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -89,6 +89,11 @@ class SchedulerConfig:
     mixed_batches: bool = True
     token_buckets: tuple[int, ...] = ()
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that buffers must have room for: a step's, with its padding."""
+        return max(self.max_num_batched_tokens, self.max_num_seqs, *self.token_buckets)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:

@@ -87,9 +87,7 @@ class Rank:
         buffers = StepBuffers(
             self.device,
             groups,
-            max_tokens=max(
-                scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *scheduler.token_buckets
-            ),
+            max_tokens=scheduler.step_tokens,
             max_positions=scheduler.max_model_len + SLACK,
         )
         decoder = self.decoder = load_model(

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu_linear import Linear
-from .interface import OpImpl, OpSignature, Support
+from .interface import OpImpl
+from .torch_ops import TorchOp, common_ops
 
 
-class CpuOp(OpImpl):
-    """An op of this platform that takes every size."""
-
-    name = "cpu"
-
-    def supports(self, sig: OpSignature) -> Support:
-        return Support.yes("torch on the host")
-
-
-class RmsNorm(CpuOp):
-    """The whole norm in one call; bfloat16 is rounded once, after the weight, not before it too."""
-
-    op = "rms_norm"
-
-    def __call__(self, *args: Any) -> Any:
-        x, weight, eps = args
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-
-class Rope(CpuOp):
+class Rope(TorchOp):
     """Query and key turn together: half the calls of the reference, bit-equal to it."""
 
     op = "rope"
 
     def __init__(self) -> None:
+        super().__init__("cpu")
         self._seen: tuple[Any, ...] = ()
         self._factors: tuple[Tensor, Tensor] | None = None
 
@@ -72,25 +52,6 @@ class Rope(CpuOp):
         return self._factors
 
 
-class GatedActivation(CpuOp):
-    """The activation's own result is multiplied in place: one pass over memory less."""
-
-    def __init__(self, op: str, activation: Callable[[Tensor], Tensor]) -> None:
-        self.op = op
-        self._activation = activation
-
-    def __call__(self, *args: Any) -> Any:
-        gate, up = args[0].chunk(2, dim=-1)
-        return self._activation(gate).mul_(up)
-
-
 def cpu_ops() -> dict[str, list[OpImpl]]:
-    impls: list[OpImpl] = [
-        Linear(),
-        RmsNorm(),
-        Rope(),
-        GatedActivation("silu_mul", F.silu),
-        GatedActivation("gelu_mul", F.gelu),
-        GatedActivation("gelu_tanh_mul", functools.partial(F.gelu, approximate="tanh")),
-    ]
+    impls: list[OpImpl] = [Linear(), Rope(), *common_ops("cpu")]
     return {impl.op: [impl] for impl in impls}

@@ -3,24 +3,13 @@ waits for the device or keeps a tensor from one call to the next, so that a step
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from .interface import DENSE, OpImpl, OpSignature, Support
-
-
-class TorchOp(OpImpl):
-    """An op by torch's kernels, whatever the size."""
-
-    name = "torch"
-
-    def supports(self, sig: OpSignature) -> Support:
-        return Support.yes("torch's own kernels")
+from .interface import DENSE, OpImpl
+from .torch_ops import TorchOp, common_ops
 
 
 class Linear(TorchOp):
@@ -33,16 +22,6 @@ class Linear(TorchOp):
         if weight.format != DENSE:
             raise ValueError(f"torch's linear reads dense weights, not {weight.format!r}.")
         return F.linear(x, weight.tensors[0], bias)
-
-
-class RmsNorm(TorchOp):
-    """The whole norm in one call; 16-bit results are rounded once, after the weight."""
-
-    op = "rms_norm"
-
-    def __call__(self, *args: Any) -> Any:
-        x, weight, eps = args
-        return F.rms_norm(x, weight.shape, weight, eps)
 
 
 class Rope(TorchOp):
@@ -63,25 +42,6 @@ class Rope(TorchOp):
         return both[:, :heads], both[:, heads:]
 
 
-class GatedActivation(TorchOp):
-    """The activation's own result is multiplied in place."""
-
-    def __init__(self, op: str, activation: Callable[[Tensor], Tensor]) -> None:
-        self.op = op
-        self._activation = activation
-
-    def __call__(self, *args: Any) -> Any:
-        gate, up = args[0].chunk(2, dim=-1)
-        return self._activation(gate).mul_(up)
-
-
 def gpu_ops() -> dict[str, list[OpImpl]]:
-    impls: list[OpImpl] = [
-        Linear(),
-        RmsNorm(),
-        Rope(),
-        GatedActivation("silu_mul", F.silu),
-        GatedActivation("gelu_mul", F.gelu),
-        GatedActivation("gelu_tanh_mul", functools.partial(F.gelu, approximate="tanh")),
-    ]
+    impls: list[OpImpl] = [Linear(), Rope(), *common_ops()]
     return {impl.op: [impl] for impl in impls}

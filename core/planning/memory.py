@@ -203,9 +203,7 @@ def planned_tags(config: EngineConfig, binder: OpBinder) -> dict[str, int]:
         groups,
         dtype=model.dtype,
         ranks=ranks,
-        max_tokens=max(
-            scheduler.max_num_batched_tokens, scheduler.max_num_seqs, *scheduler.token_buckets
-        ),
+        max_tokens=scheduler.step_tokens,
         max_model_len=scheduler.max_model_len,
         num_seqs=scheduler.max_num_seqs,
     )

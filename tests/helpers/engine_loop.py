@@ -7,11 +7,11 @@ import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from helpers import tiny_models
 
+from trimaran.conformance.engines import Found
 from trimaran.core.config import EngineArgs, EngineConfig
 from trimaran.core.engine.messages import BeamOutput, EngineRequest, SequenceOutput
 from trimaran.core.executor import Executor, open_executor
@@ -19,22 +19,9 @@ from trimaran.core.plan import StepOutput, StepPlan
 from trimaran.core.resolve import resolve
 from trimaran.core.sampling_params import BeamSearchParams, SamplingParams
 from trimaran.core.scheduler import Scheduler
-from trimaran.core.types import FinishReason, PositionLogprobs, Prompt
+from trimaran.core.types import Prompt
 
 MAX_STEPS = 5_000
-
-
-@dataclass
-class Found:
-    """All that one sequence yielded."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[PositionLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    error: str | None = None
-    num_cached: int = 0
-    num_preemptions: int = 0
 
 
 class Loop:

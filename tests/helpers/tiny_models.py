@@ -15,6 +15,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from trimaran.conformance.models import unsettle
+
 VOCAB = 1031
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -85,18 +87,8 @@ def build(name: str, **changes: Any) -> transformers.PreTrainedModel:
     config._attn_implementation = "sdpa"
     torch.manual_seed(len(name) + sum(map(ord, name)))
     model = getattr(transformers, f"{family}ForCausalLM")(config).float().eval()
-    _unsettle(model)
+    unsettle(model)
     return model
-
-
-def _unsettle(model: torch.nn.Module) -> None:
-    """Norm weights start at 1 and biases at 0, where dropping them would go unnoticed."""
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if "norm" in parameter_name:
-                parameter.uniform_(0.7, 1.3)
-            elif parameter_name.endswith("bias"):
-                parameter.normal_(0.0, 0.3)
 
 
 @functools.cache

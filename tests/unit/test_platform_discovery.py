@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import vendor_packages
+from helpers.minimal_platform import Minimal
 from helpers.vendor_packages import MANIFEST
 
 from trimaran.cli.bindings import bindings_of
@@ -27,15 +28,10 @@ from trimaran.core.platform import make_platform
 from trimaran.platforms import api, registry, trial
 from trimaran.platforms.api import ApiRange, negotiate
 from trimaran.platforms.cpu import CpuPlatform
-from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import (
-    PLATFORM_API,
-    AttentionImpl,
     AttentionSpec,
-    Capabilities,
     Device,
     DeviceInfo,
-    OpImpl,
     Platform,
     PlatformUnavailable,
     Probe,
@@ -44,28 +40,6 @@ from trimaran.platforms.strict import StrictPlatform
 from trimaran.platforms.trial_memory import TrialMemory
 
 BUILT_IN = registry._BUILT_IN
-
-
-class Minimal(Platform):
-    name = "minimal"
-    vendor = "test"
-    api = ApiRange(PLATFORM_API, PLATFORM_API)
-
-    @classmethod
-    def probe(cls) -> Probe:
-        return Probe(5, "always there")
-
-    def capabilities(self, device: int = 0) -> Capabilities:
-        return Capabilities(dtypes={"float32": "native"})
-
-    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
-        return HostDevice()
-
-    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return {}
-
-    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
-        return ()
 
 
 def probing(answer: object) -> type[Platform]:

@@ -6,12 +6,13 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.minimal_platform import Minimal
 
 from trimaran.platforms import host
 from trimaran.platforms.attention_reference import ReferenceAttention
@@ -19,16 +20,9 @@ from trimaran.platforms.communicator import LocalCommunicator, open_communicator
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.host_device import FinishedEvent, HostDevice
 from trimaran.platforms.interface import (
-    PLATFORM_API,
-    ApiRange,
-    AttentionImpl,
-    AttentionSpec,
-    Capabilities,
     Device,
     GroupSpec,
     KVRegion,
-    OpImpl,
-    Platform,
     Probe,
 )
 from trimaran.platforms.ops import DensePacker
@@ -38,28 +32,6 @@ from trimaran.platforms.strict_device import SENTINEL, StrictDevice
 # ---------------------------------------------------------------------------------------------
 # The contract
 # ---------------------------------------------------------------------------------------------
-
-
-class Minimal(Platform):
-    name = "minimal"
-    vendor = "test"
-    api = ApiRange(PLATFORM_API, PLATFORM_API)
-
-    @classmethod
-    def probe(cls) -> Probe:
-        return Probe(5, "always there")
-
-    def capabilities(self, device: int = 0) -> Capabilities:
-        return Capabilities(dtypes={"float32": "native"})
-
-    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
-        return HostDevice()
-
-    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return {}
-
-    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
-        return ()
 
 
 def test_another_signature_is_refused_when_the_class_is_defined() -> None:
