@@ -25,10 +25,14 @@ class Checkpoint:
     """
 
     def __init__(self, directory: Path) -> None:
+        self._paths = _weight_files(directory)
         self._stack = ExitStack()
         self._slices: dict[str, Any] = {}
+        self._map()
+
+    def _map(self) -> None:
         problems = []
-        for path in _weight_files(directory):
+        for path in self._paths:
             try:
                 file = self._stack.enter_context(safe_open(path, framework="pt"))
             except (SafetensorError, OSError, ValueError) as error:
@@ -61,6 +65,12 @@ class Checkpoint:
     def __getitem__(self, name: str) -> Any:
         """Indexing the result with slices reads just those elements, as a tensor."""
         return self._slices[name]
+
+    def release(self) -> None:
+        """Map the files anew: pages that were read stay in the process's resident memory for as
+        long as the mapping they were read through."""
+        self.close()
+        self._map()
 
     def close(self) -> None:
         self._slices.clear()

@@ -78,7 +78,9 @@ class Decoder(Layer):
             self.norm = RMSNorm(context, spec.names.of("norm"), spec.hidden_size)
             self.head = self._build_head(context)
         self._add = context.bind("add", size=spec.hidden_size)
-        parts = (self.embed, *self.layers, self.norm, self.head)
+        # Loaded in this order: what packing takes besides is most for the largest tables, and gone
+        # before the layers are there.
+        parts = (self.embed, self.head, *self.layers, self.norm)
         self.children = tuple(part for part in parts if part is not None)
 
     def _build_head(self, context: BuildContext) -> LmHead:

@@ -18,7 +18,7 @@ from ...platforms.interface import Communicator, LayerKV, PackedWeight
 from ..ops import OpBinder
 from .spec import DecoderSpec
 from .step import StepBuffers
-from .weights import Layer, WeightSlot
+from .weights import Layer, Read, WeightSlot
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,21 +43,18 @@ class Linear(Layer):
     """`x @ weight.T + bias` through the bound op; how weights fill it is the subclass's matter."""
 
     def __init__(self, context: BuildContext, in_features: int, out_features: int) -> None:
-        self._binder = context.binder
+        self._context = context
+        self._in_features, self._out_features = in_features, out_features
         self._linear = context.bind("linear", in_features=in_features, out_features=out_features)
-        self._plain: Tensor | None = context.alloc(out_features, in_features)
         self._packed: PackedWeight | None = None
         self._bias: Tensor | None = None
 
-    @property
-    def plain(self) -> Tensor:
-        """`[out, in]` while it is being filled."""
-        assert self._plain is not None, "the weight is packed already"
-        return self._plain
+    def _plain(self) -> Tensor:
+        """`[out, in]`, to be filled and packed."""
+        return self._context.alloc(self._out_features, self._in_features)
 
-    def finish(self) -> None:
-        # Dropping the plain tensor frees it where the packed layout is another.
-        self._packed, self._plain = self._binder.pack(self.plain, self._linear), None
+    def _pack(self, plain: Tensor) -> None:
+        self._packed = self._context.binder.pack(plain, self._linear)
 
 
 class Part(NamedTuple):
@@ -67,6 +64,13 @@ class Part(NamedTuple):
     out_features: int
     start: int
     stop: int
+
+    def weight(self, in_features: int) -> WeightSlot:
+        shape = (self.out_features, in_features)
+        return WeightSlot(f"{self.name}.weight", shape, self.start, self.stop)
+
+    def bias(self) -> WeightSlot:
+        return WeightSlot(f"{self.name}.bias", (self.out_features,), self.start, self.stop)
 
     @classmethod
     def of_rank(cls, name: str, out_features: int, comm: Communicator) -> Part:
@@ -90,24 +94,29 @@ class ColumnLinear(Linear):
         then: tuple[str, Mapping[str, int]] | None = None,
     ) -> None:
         self._parts = tuple(parts)
-        self._in_features = in_features
         out_features = sum(part.stop - part.start for part in parts)
         super().__init__(context, in_features, out_features)
         if then is not None:
             sizes = {"in_features": in_features, "out_features": out_features}
-            self._linear = self._binder.bind_chain(context.dtype, ("linear", sizes), then)
+            self._linear = context.binder.bind_chain(context.dtype, ("linear", sizes), then)
         if bias:
             self._bias = context.alloc(out_features)
 
     def slots(self) -> Iterator[WeightSlot]:
-        row = 0
-        for name, out_features, start, stop in self._parts:
-            rows = slice(row, row + stop - start)
-            shape = (out_features, self._in_features)
-            yield WeightSlot(f"{name}.weight", shape, self.plain[rows], start=start)
+        for part in self._parts:
+            yield part.weight(self._in_features)
             if self._bias is not None:
-                yield WeightSlot(f"{name}.bias", shape[:1], self._bias[rows], start=start)
+                yield part.bias()
+
+    def load(self, read: Read) -> None:
+        plain, row = self._plain(), 0
+        for part in self._parts:
+            rows = slice(row, row + part.stop - part.start)
+            read(part.weight(self._in_features), plain[rows])
+            if self._bias is not None:
+                read(part.bias(), self._bias[rows])
             row = rows.stop
+        self._pack(plain)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._linear(hidden, self._packed, self._bias)
@@ -120,18 +129,27 @@ class RowLinear(Linear):
         self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool
     ) -> None:
         self._comm = context.comm
-        self._name = name
-        self._shape = (out_features, in_features)
-        super().__init__(context, in_features // self._comm.size, out_features)
+        share = in_features // self._comm.size
+        super().__init__(context, share, out_features)
+        start = self._comm.rank * share
+        shape = (out_features, in_features)
+        self._weight_slot = WeightSlot(f"{name}.weight", shape, start, start + share, dim=1)
+        self._bias_slot = WeightSlot(f"{name}.bias", shape[:1], 0, out_features)
         self._whole_bias = context.alloc(out_features) if bias else None
         # One rank adds the bias, so that the sum has it once.
         self._bias = self._whole_bias if self._comm.rank == 0 else None
 
     def slots(self) -> Iterator[WeightSlot]:
-        start = self._comm.rank * self.plain.shape[1]
-        yield WeightSlot(f"{self._name}.weight", self._shape, self.plain, dim=1, start=start)
+        yield self._weight_slot
         if self._whole_bias is not None:
-            yield WeightSlot(f"{self._name}.bias", self._shape[:1], self._whole_bias)
+            yield self._bias_slot
+
+    def load(self, read: Read) -> None:
+        plain = self._plain()
+        read(self._weight_slot, plain)
+        if self._whole_bias is not None:
+            read(self._bias_slot, self._whole_bias)
+        self._pack(plain)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._comm.all_reduce(self._linear(hidden, self._packed, self._bias))
@@ -158,10 +176,14 @@ class VocabShare(NamedTuple):
         table[self.filled :].zero_()
         return table
 
-    def slots(self, name: str, vocab_size: int, table: Tensor) -> Iterator[WeightSlot]:
+    def slots(self, name: str, shape: tuple[int, int]) -> Iterator[WeightSlot]:
+        """The one of a table `[vocab, hidden]`; none where its rows are all of other ranks."""
         if self.filled:
-            shape = (vocab_size, table.shape[1])
-            yield WeightSlot(f"{name}.weight", shape, table[: self.filled], start=self.start)
+            yield WeightSlot(f"{name}.weight", shape, self.start, self.start + self.filled)
+
+    def fill(self, table: Tensor, slots: Iterator[WeightSlot], read: Read) -> None:
+        for slot in slots:
+            read(slot, table[: self.filled])
 
 
 class VocabEmbedding(Layer):
@@ -171,13 +193,16 @@ class VocabEmbedding(Layer):
         spec = context.spec
         self._name = name
         self._comm = context.comm
-        self._vocab_size = spec.vocab_size
+        self._shape = (spec.vocab_size, spec.hidden_size)
         self._share = VocabShare.of_rank(spec.vocab_size, context.comm)
         self.table = self._share.pad(context.alloc(self._share.rows, spec.hidden_size))
         self._embed = context.bind("embed", vocab=self._share.rows, hidden=spec.hidden_size)
 
     def slots(self) -> Iterator[WeightSlot]:
-        return self._share.slots(self._name, self._vocab_size, self.table)
+        return self._share.slots(self._name, self._shape)
+
+    def load(self, read: Read) -> None:
+        self._share.fill(self.table, self.slots(), read)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         if self._comm.size == 1:
@@ -198,20 +223,19 @@ class LmHead(Linear):
         self._comm = context.comm
         self._vocab_size = context.spec.vocab_size
         self._share = VocabShare.of_rank(self._vocab_size, context.comm)
-        self._binder = context.binder
-        hidden_size = context.spec.hidden_size
-        if tied is None:
-            super().__init__(context, hidden_size, self._share.rows)
-            self._share.pad(self.plain)
-            return
-        self._linear = context.bind(
-            "linear", in_features=hidden_size, out_features=self._share.rows
-        )
-        self._plain, self._packed, self._bias = tied, None, None
+        super().__init__(context, context.spec.hidden_size, self._share.rows)
 
     def slots(self) -> Iterator[WeightSlot]:
         if self._tied is None:
-            yield from self._share.slots(self._name, self._vocab_size, self.plain)
+            yield from self._share.slots(self._name, (self._vocab_size, self._in_features))
+
+    def load(self, read: Read) -> None:
+        if self._tied is not None:
+            self._pack(self._tied)  # the embedding has filled it
+            return
+        plain = self._share.pad(self._plain())
+        self._share.fill(plain, self.slots(), read)
+        self._pack(plain)
 
     def __call__(self, rows: Tensor) -> Tensor:
         logits = self._linear(rows, self._packed, None)
@@ -231,8 +255,12 @@ class RMSNorm(Layer):
         self._add_norm = context.bind("add_rms_norm", size=size)
 
     def slots(self) -> Iterator[WeightSlot]:
-        shape = tuple(self._weight.shape)
-        yield WeightSlot(f"{self._name}.weight", shape, self._weight, init="ones")
+        size = len(self._weight)
+        yield WeightSlot(f"{self._name}.weight", (size,), 0, size, init="ones")
+
+    def load(self, read: Read) -> None:
+        for slot in self.slots():
+            read(slot, self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._norm(x, self._weight, self._eps)

@@ -10,7 +10,6 @@ import logging
 import re
 import time
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from .checkpoint import Checkpoint
 from .decoder import Decoder
 from .spec import DecoderSpec
 from .step import StepBuffers
-from .weights import WeightSlot
+from .weights import Read, WeightSlot
 
 logger = logging.getLogger("trimaran.loader")
 
@@ -32,6 +31,12 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 DUMMY_STD = 0.02
 DUMMY_PERIOD = 1_048_573
 """A prime, so that no power-of-two row length divides it and rows of random weights differ."""
+
+READ_BYTES = 16 << 20
+"""What is read of a tensor at once, so that no second copy of a large one is made on its way."""
+
+MAPPED_BYTES = 64 << 20
+"""What is read before the checkpoint is told to give its pages back."""
 
 MAX_LISTED = 100
 PROGRESS_SECONDS = 2.0
@@ -62,23 +67,35 @@ def fill(decoder: Decoder, path: Path, *, load_format: str = "auto", seed: int =
             f"load_format={load_format!r} is unknown. Known: {', '.join(FORMATS)}.",
             param="load_format",
         )
-    slots = list(decoder.slots())
     if load_format == "dummy":
-        _fill_randomly(slots, seed)
+        decoder.load(_random_reader(seed))
     else:
         with Checkpoint(path) as checkpoint:
+            slots = list(decoder.slots())
             _check(checkpoint, slots, decoder, path)
-            _copy(checkpoint, slots)
-    decoder.finish()
+            decoder.load(_reader(checkpoint, slots))
     decoder.device.synchronize()
 
 
-def _copy(checkpoint: Checkpoint, slots: list[WeightSlot]) -> None:
-    """Copy each slot's share from the mapped file to its place, converting on the way."""
-    progress = _Progress(sum(slot.target.numel() for slot in slots))
-    for slot in slots:
-        slot.target.copy_(checkpoint[slot.name][slot.share])
-        progress.add(slot.target.numel())
+def _reader(checkpoint: Checkpoint, slots: list[WeightSlot]) -> Read:
+    """Copies from the mapped file; `slots` are all that it will be asked for."""
+    progress = _Progress(sum(slot.numel for slot in slots))
+    mapped = 0
+
+    def read(slot: WeightSlot, target: Tensor) -> None:
+        nonlocal mapped
+        count, row_bytes = len(target), target[0].numel() * target.element_size()
+        step = max(1, READ_BYTES // row_bytes)
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            target[first:last].copy_(checkpoint[slot.name][slot.rows(first, last)])
+            mapped += (last - first) * row_bytes
+            if mapped > MAPPED_BYTES:
+                checkpoint.release()
+                mapped = 0
+        progress.add(slot.numel)
+
+    return read
 
 
 def _check(checkpoint: Checkpoint, slots: list[WeightSlot], decoder: Decoder, path: Path) -> None:
@@ -125,16 +142,19 @@ def _expected_elsewhere(name: str, decoder: Decoder) -> bool:
     return False
 
 
-def _fill_randomly(slots: Iterable[WeightSlot], seed: int) -> None:
+def _random_reader(seed: int) -> Read:
     """The same weights whatever the group's size: a function of seed, name and full index."""
     generator = torch.Generator().manual_seed(seed)
     period = torch.randn(DUMMY_PERIOD, generator=generator).mul_(DUMMY_STD)
-    for slot in slots:
+
+    def read(slot: WeightSlot, target: Tensor) -> None:
         if slot.init == "ones":
-            slot.target.fill_(1.0)
-            continue
+            target.fill_(1.0)
+            return
         pattern = period.roll(zlib.crc32(slot.name.encode()) % DUMMY_PERIOD)
-        slot.target.copy_(_tiled(pattern.to(slot.target.dtype), slot.shape)[slot.share])
+        target.copy_(_tiled(pattern.to(target.dtype), slot.shape)[slot.share])
+
+    return read
 
 
 def _tiled(pattern: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -165,7 +165,7 @@ def rank_memory(
     )
     decoder = Decoder(spec, packing, buffers, PlannedRank(ranks), dtype=dtype)
     shapes = {slot.name: slot.shape for slot in decoder.slots()}
-    decoder.finish()
+    decoder.load(lambda slot, target: None)
     rows = RowTable(device, num_seqs, max_model_len, [g.spec.block_size for g in groups])
     held = device.held()
     del rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from trimaran.core.models.checkpoint import Checkpoint
 from trimaran.core.models.weights import WeightSlot
 from trimaran.platforms.communicator import LocalCommunicator
 from trimaran.platforms.cpu import CpuPlatform
+from trimaran.platforms.interface import Device, PackedWeight, WeightPacker
 from trimaran.platforms.strict import StrictPlatform
 
 FILE = "model.safetensors"
@@ -221,9 +222,11 @@ def test_a_rank_reads_only_its_share() -> None:
         whole = load_file(model_path("llama3") / FILE)[Q_PROJ]
         for dim, start in ((0, 64), (1, 32)):
             target = torch.empty(64, 128) if dim == 0 else torch.empty(256, 32)
-            slot = WeightSlot(Q_PROJ, (256, 128), target, dim=dim, start=start)
-            found = checkpoint[Q_PROJ][slot.share]
-            assert torch.equal(found, whole.narrow(dim, start, target.shape[dim]))
+            slot = WeightSlot(Q_PROJ, (256, 128), start, start + target.shape[dim], dim)
+            assert slot.numel == target.numel()
+            expected = whole.narrow(dim, start, target.shape[dim])
+            assert torch.equal(checkpoint[Q_PROJ][slot.share], expected)
+            assert torch.equal(checkpoint[Q_PROJ][slot.rows(3, 9)], expected[3:9])
 
 
 def test_dummy_weights_are_seeded() -> None:
@@ -253,10 +256,66 @@ def test_slow_loads_show_progress(
 def test_nothing_stays_poisoned() -> None:
     """On `strict` fresh memory is NaN: every weight must have been written, padding too."""
     one = Harness(StrictPlatform(), model_path("llama_biased"), length=32)
-    slots = list(one.decoder.norm.slots()) if one.decoder.norm else []
-    assert slots and not any(slot.target.isnan().any() for slot in slots)
+    assert one.decoder.norm is not None and not one.decoder.norm._weight.isnan().any()
     assert not one.logits(prompt(9)).isnan().any()
     one.close()
+
+
+class Dropping(StrictPlatform):
+    """Packs weights into nothing, and notes what the device holds each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[int] = []
+        self.device: Device | None = None
+
+    def open(self, device: int = 0, num_threads: int | None = None) -> Device:
+        self.device = super().open(device, num_threads)
+        return self.device
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        platform = self
+
+        class Packer(WeightPacker):
+            format = "dense"
+
+            def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+                assert platform.device is not None
+                platform.held.append(platform.device.memory().by_tag["weights"])
+                return PackedWeight("nothing", shape, ())
+
+        return {"dense": Packer()}
+
+
+def test_plain_weights_of_one_layer_exist_at_a_time() -> None:
+    platform = Dropping()
+    one = Harness(platform, model_path("llama3"), length=32)
+    kept = one.device.memory().by_tag["weights"]
+    largest = 1031 * 128 * 4  # the head
+    assert len(platform.held) == 3 * 4 + 1
+    assert max(platform.held) == kept + largest
+    assert sorted(platform.held)[-2] == kept + 2 * 256 * 128 * 4, "gate and up"
+    one.close()
+
+
+def test_a_checkpoint_is_mapped_anew_while_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, copy_of: Callable[..., Path]
+) -> None:
+    """Else all that was read would count as the process's own until the last byte is."""
+    path = copy_of("llama3")
+    shard(path)
+    released: list[int] = []
+    release = Checkpoint.release
+    monkeypatch.setattr(loader, "READ_BYTES", 3000)
+    monkeypatch.setattr(loader, "MAPPED_BYTES", 100_000)
+    monkeypatch.setattr(
+        Checkpoint, "release", lambda self: (released.append(len(set(self))), release(self))
+    )
+    ids = prompt(20)
+    found = load(path).logits(ids)
+    assert len(released) > 10 and set(released) == {3 * 9 + 3}
+    monkeypatch.undo()
+    assert torch.equal(found, load(model_path("llama3")).logits(ids))
 
 
 class LastOfTwo(LocalCommunicator):
