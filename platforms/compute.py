@@ -214,6 +214,15 @@ class View:
     offset: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInput:
+    """The first tokens of a persistent tensor `[..., max_tokens]` (token ids, positions, slots), as
+    many of its last dimension as the step being run has: `tensor[..., :num_tokens]`. Its address
+    and strides stay, and so may be compiled in; its content is another in each step."""
+
+    tensor: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class StepMetadata:
     """What `AttentionImpl.plan` returned for cache group `group` in the step being run."""
@@ -231,9 +240,9 @@ class Output(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class StepNode:
     """One call of an op: a name of `ops.OPS`, a chain of them joined by `+`, `attention` or
-    `kv_write`. `call` is the implementation the op is bound to. `arguments`: `Value`, `View` and
-    `StepMetadata` stand for what they say; all else is constant: weights, packed weights, numbers,
-    and persistent tensors whose address stays while their content changes (token ids, slots)."""
+    `kv_write`. `call` is the implementation the op is bound to. `arguments`: `Value`, `View`,
+    `StepInput` and `StepMetadata` stand for what they say; all else is constant: weights, packed
+    weights, numbers, and a layer's cache, whose address stays while its content changes."""
 
     op: str
     call: Callable[..., Any]
@@ -243,14 +252,22 @@ class StepNode:
 
 @dataclass(frozen=True, slots=True)
 class StepGraph:
-    """The forward of one step of exactly `num_tokens` tokens, from the token ids in the step
-    buffers to the hidden states `result`, `[num_tokens, hidden]`. Nodes in an order that runs."""
+    """The forward of one step, from the token ids in the step buffers to the hidden states
+    `result`, `[num_tokens, hidden]`. Nodes in an order that runs.
+
+    The step has exactly `num_tokens` tokens; or, where `any_size`, any number of them from 1 on.
+    Then `num_tokens` is only that of the example which was traced: the first dimension of every
+    output and of every view counts tokens, and nothing else depends on their number, neither the
+    strides nor the offset of a view.
+    """
 
     num_tokens: int
     nodes: tuple[StepNode, ...]
     result: Value | View
+    any_size: bool = False
 
 
-StepFn = Callable[[Sequence[Any]], Tensor]
-"""A compiled step: takes the metadata of each cache group, returns the hidden states. It is called
-inside a launch."""
+StepFn = Callable[[Sequence[Any], int], Tensor]
+"""A compiled step: takes the metadata of each cache group and the number of tokens (that of its
+graph, unless the graph is for any size), returns the hidden states. It is called inside a launch,
+where what it returns is read: the next call may use the same memory again."""

@@ -36,7 +36,7 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 class CpuPlatform(Platform):
     name = "cpu"
     vendor = "x86"
-    api = ApiRange((0, 2), (0, 2))
+    api = ApiRange((0, 3), (0, 3))
 
     @classmethod
     def probe(cls) -> Probe:

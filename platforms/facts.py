@@ -59,6 +59,7 @@ class Support(NamedTuple):
 
 Precision = Literal["native", "emulated"]
 Fp8Kind = Literal["ocp", "fnuz"]
+StepSizes = Literal["buckets", "any"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,9 @@ class Capabilities:
     units read (OCP's e4m3fn, or the FNUZ variant), None where they read none. `run_ahead`: how many
     steps the engine may have in flight beyond the one whose result it waits for, 0 where a launch
     returns when its work is done. `unified_memory`: the device shares the host's memory.
-    `compiles_steps`: `Platform.build_step` is to be asked.
+    `compiles_steps`: `Platform.build_step` is to be asked. `step_sizes`: what one compiled step
+    serves, the number of tokens of its graph alone, so that there is one for each token bucket, or
+    any number of tokens, so that there is one for all.
     """
 
     dtypes: Mapping[str, Precision]
@@ -83,6 +86,7 @@ class Capabilities:
     unified_memory: bool = False
     deterministic: bool = True
     compiles_steps: bool = False
+    step_sizes: StepSizes = "buckets"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,8 @@ class StepLimits:
     """Bounds on one step. `token_buckets`: sizes a step is padded to (empty: any size), so the
     largest is a bound too; padding is sequences of one token each in the scratch block, which
     `AttentionImpl.plan` sees like any others. `mixed_batches` False: prompts and decoding take
-    turns."""
+    turns. What `Platform.build_step` is given has `max_tokens` set: no step is larger, its padding
+    included."""
 
     max_tokens: int | None = None
     token_buckets: tuple[int, ...] = ()

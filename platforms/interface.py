@@ -37,6 +37,7 @@ from .compute import (
     PackedWeight,
     StepFn,
     StepGraph,
+    StepInput,
     StepMetadata,
     StepNode,
     Value,
@@ -57,6 +58,7 @@ from .facts import (
     Probe,
     Roofline,
     StepLimits,
+    StepSizes,
     Support,
     Telemetry,
 )
@@ -97,9 +99,11 @@ __all__ = [
     "Roofline",
     "StepFn",
     "StepGraph",
+    "StepInput",
     "StepLimits",
     "StepMetadata",
     "StepNode",
+    "StepSizes",
     "Support",
     "Telemetry",
     "Value",
@@ -321,9 +325,10 @@ class Platform(Contract):
         return ()
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
-        """Compile one step of `graph.num_tokens` tokens; asked for each of the token buckets where
-        `Capabilities.compiles_steps`, outside any launch, after the model is loaded and its cache
-        allocated. `limits`: those that steps really keep. None: run it op by op."""
+        """Compile a step, where `Capabilities.compiles_steps`: by `Capabilities.step_sizes` asked
+        for each of the token buckets, or once, with a graph for any size. Outside any launch,
+        after the model is loaded and its cache allocated. `limits`: those that steps really keep.
+        None: run it op by op."""
         return None
 
     def describe(self) -> Mapping[str, str]:

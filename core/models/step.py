@@ -92,6 +92,12 @@ class StepBuffers:
         for group in self.groups:
             group.begin(num_tokens)
 
+    def inputs(self) -> list[tuple[Tensor, Tensor]]:
+        """The step's view of each tensor that the runner fills, and all of it, `[..., max_tokens]`:
+        token ids, positions, each group's slots."""
+        slots = [(group.slots, group._all_slots) for group in self.groups]
+        return [(self.token_ids, self._token_ids), (self.positions, self._positions), *slots]
+
     def group_of(self, layer: int) -> StepGroup:
         return self._group_of[layer]
 

@@ -26,6 +26,7 @@ from ...platforms.interface import (
     LayerKV,
     Output,
     StepGraph,
+    StepInput,
     StepMetadata,
     StepNode,
     Support,
@@ -74,7 +75,7 @@ class StepTracer:
     def trace(self, decoder: Decoder) -> StepGraph:
         """Run the step that stands in the buffers, inside a launch, and return its graph. Raises
         TraceError."""
-        recording = self._recording = _Recording()
+        recording = self._recording = _Recording(decoder.buffers.inputs())
         try:
             with recording:
                 hidden = decoder.forward()
@@ -89,8 +90,10 @@ class StepTracer:
 class _Recording(TorchDispatchMode):
     """One trace. Every torch call that its thread makes passes by it."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """`inputs`: see `StepBuffers.inputs`."""
         super().__init__()
+        self._inputs = [(view, StepInput(whole)) for view, whole in inputs]
         self.nodes: list[StepNode] = []
         self.in_node = False
         # By storage, the last first. A reference that is weak lets the memory go with the tensor,
@@ -124,13 +127,13 @@ class _Recording(TorchDispatchMode):
         return found
 
     def refer(self, argument: Any) -> Any:
-        """A tensor that a node made, or a view of one, by that node; anything else was there
-        before the step and is constant."""
+        """A tensor that a node made, or a view of one, by that node; an input of the step by what
+        it is a part of; anything else was there before the step and is constant."""
         if not isinstance(argument, Tensor):
             return argument
         made = self._made.get(_storage(argument))
         if made is None:
-            return argument
+            return self._refer_outside(argument)
         layout = _Layout.of(argument)
         for value, output in made:
             if output == layout:
@@ -139,6 +142,15 @@ class _Recording(TorchDispatchMode):
             if (offset := output.offset_of(layout)) is not None:
                 return View(value, layout.shape, layout.stride, offset)
         raise TraceError(f"a view {tuple(layout)} lies in no contiguous output of an op")
+
+    def _refer_outside(self, tensor: Tensor) -> Tensor | StepInput:
+        for view, found in self._inputs:
+            if tensor is view:
+                return found
+        for _, found in self._inputs:
+            if _overlap(tensor, found.tensor):
+                raise TraceError("an op reads a part of the token ids, the positions or the slots")
+        return tensor
 
 
 def _is_view(func: Any) -> bool:
@@ -149,6 +161,17 @@ def _is_view(func: Any) -> bool:
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Of two contiguous tensors, or views of such."""
+    return _storage(a) == _storage(b) and not (a.data_ptr() >= _end(b) or b.data_ptr() >= _end(a))
+
+
+def _end(tensor: Tensor) -> int:
+    """The address behind its last element."""
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.data_ptr() + span * tensor.element_size())
 
 
 class _Layout(NamedTuple):

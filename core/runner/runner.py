@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,14 @@ from .heads import BeamHead, OutputHead, PromptLogprobsHead, StagedHead, TokenHe
 from .rows import RowTable, Work
 
 logger = logging.getLogger("trimaran.runner")
+
+StepOf = Callable[[int], StepFn | None]
+"""The compiled step for a number of tokens; None: it runs op by op."""
+
+
+def op_by_op(num_tokens: int) -> StepFn | None:
+    """No step is compiled."""
+    return None
 
 
 def bind_ends(
@@ -61,7 +69,7 @@ class Runner:
         self._decoder = decoder
         self._buffers = buffers
         self._buckets = scheduler.token_buckets
-        self.compiled: Mapping[int, StepFn] = {}  # by tokens; other steps run op by op
+        self.compiled: StepOf = op_by_op
         self._rows = RowTable(device, num_rows, scheduler.max_model_len, sizes)
         self._regions = self._alloc_kv(cache, binder.platform)
         self._gather, argmax = bind_ends(binder, decoder.spec, model.dtype)
@@ -115,7 +123,8 @@ class Runner:
     def run_scratch(self, num_tokens: int, work: Work) -> None:
         """Run `work` on the device with a step of `num_tokens` in the buffers, all of them
         padding, and wait for it. Raises what it raised."""
-        batch = self._stage_batch(StepRows.of(StepPlan(-1)), num_tokens)
+        padding = StepRows.of(StepPlan(-1)).padded(num_tokens, self._rows.scratch)
+        batch = StagedBatch.stage(self._device, padding)
 
         def launched() -> None:
             batch.load(self._rows, self._buffers)
@@ -123,9 +132,9 @@ class Runner:
 
         self._device.launch(launched).wait()
 
-    def _stage_batch(self, step: StepRows, num_tokens: int = 0) -> StagedBatch:
-        """Padded to the platform's next token bucket, and to `num_tokens` at least."""
-        num_tokens = max(num_tokens, int(step.counts.sum()))
+    def _stage_batch(self, step: StepRows) -> StagedBatch:
+        """Padded to the platform's next token bucket."""
+        num_tokens = int(step.counts.sum())
         if self._buckets:
             num_tokens = self._buckets[bisect.bisect_left(self._buckets, num_tokens)]
         return StagedBatch.stage(self._device, step.padded(num_tokens, self._rows.scratch))
@@ -175,11 +184,12 @@ class Runner:
 
     def _forward(self, batch: StagedBatch, heads: Sequence[StagedHead]) -> None:
         batch.load(self._rows, self._buffers)
-        compiled = self.compiled.get(self._buffers.num_tokens)
+        num_tokens = self._buffers.num_tokens
+        compiled = self.compiled(num_tokens)
         if compiled is None:
             hidden = self._decoder.forward()
         else:
-            hidden = compiled([group.metadata for group in self._buffers.groups])
+            hidden = compiled([group.metadata for group in self._buffers.groups], num_tokens)
 
         def logits_of(indices: Tensor) -> Tensor:
             return self._decoder.logits(self._gather(hidden, indices))

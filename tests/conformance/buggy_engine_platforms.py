@@ -182,10 +182,10 @@ class StaleMetadataPlatform(CompiledPlatform):
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
         step, first = interpret(graph), list[Any]()
 
-        def replay(metadata: Sequence[Any]) -> Tensor:
+        def replay(metadata: Sequence[Any], num_tokens: int) -> Tensor:
             if not first:
                 first.append(list(metadata))
-            return step(first[0])
+            return step(first[0], num_tokens)
 
         return replay
 

@@ -30,6 +30,7 @@ from trimaran.platforms.interface import (
     StepFn,
     StepGraph,
     StepLimits,
+    StepSizes,
     Support,
 )
 from trimaran.platforms.ops import OPS
@@ -44,12 +45,13 @@ class Compiling(StrictPlatform):
     """Compiles steps, and keeps what it was given and how many tokens each step had."""
 
     limits: ClassVar[StepLimits] = StepLimits(token_buckets=BUCKETS)
+    sizes: ClassVar[StepSizes] = "buckets"
     graphs: ClassVar[list[StepGraph]]
     seen: ClassVar[list[StepLimits]]
     steps: ClassVar[list[int]]
 
     def __init__(self) -> None:
-        super().__init__(StrictKnobs(limits=self.limits, compile_steps=True))
+        super().__init__(StrictKnobs(limits=self.limits, compile_steps=True, step_sizes=self.sizes))
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
         self.graphs.append(graph)
@@ -58,12 +60,19 @@ class Compiling(StrictPlatform):
 
     @classmethod
     def counted(cls, graph: StepGraph, step: StepFn | None) -> StepFn | None:
-        def run(metadata: Sequence[Any]) -> Tensor:
-            cls.steps.append(graph.num_tokens)
+        def run(metadata: Sequence[Any], num_tokens: int) -> Tensor:
+            cls.steps.append(num_tokens)
             assert step is not None
-            return step(metadata)
+            return step(metadata, num_tokens)
 
         return step and run
+
+
+class AnySize(Compiling):
+    """Compiles one step for all sizes; nothing is padded."""
+
+    limits = StepLimits()
+    sizes = "any"
 
 
 class Padding(StrictPlatform):
@@ -79,6 +88,16 @@ class CpuPadding(CpuPlatform):
 class CpuCompiling(CpuPadding):
     def capabilities(self, device: int = 0) -> Capabilities:
         return dataclasses.replace(super().capabilities(device), compiles_steps=True)
+
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        return interpret(graph)
+
+
+class CpuAnySize(CpuPlatform):
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(
+            super().capabilities(device), compiles_steps=True, step_sizes="any"
+        )
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
         return interpret(graph)
@@ -133,16 +152,18 @@ MODELS = ("llama3", "mistral", "qwen2_sliding", "qwen3")
     [
         *itertools.product(MODELS, (Compiling, CpuCompiling)),  # which pad as well
         *itertools.product(["qwen3"], (Padding, CpuPadding)),
+        *itertools.product(MODELS, (AnySize, CpuAnySize)),
     ],
 )
 def test_chunks_and_prefix_cache(model: str, platform: type[Platform], use: Use) -> None:
     """Everything twice, in chunks, arriving in any order; the second time from the cache. The
-    budget lies between two buckets."""
+    budget lies between two buckets, if there are any."""
     cases = cases_for(model)
     with open_loop(
         model, platform=use(platform), max_num_batched_tokens=24, max_num_seqs=16
     ) as loop:
-        assert loop.config.scheduler.token_buckets == (8, 32)
+        padded = not issubclass(platform, AnySize | CpuAnySize)
+        assert loop.config.scheduler.token_buckets == ((8, 32) if padded else ())
         check(loop, cases, arrivals=random.Random(1))
         again = check(loop, cases, arrivals=random.Random(2))
         assert any(row.num_cached for row in again.values())
@@ -150,7 +171,11 @@ def test_chunks_and_prefix_cache(model: str, platform: type[Platform], use: Use)
 
 @pytest.mark.parametrize(
     ("platform", "sync"),
-    [(Padding, "on"), (Compiling, "on"), (Compiling, "off"), (CpuCompiling, "off")],
+    [
+        (Padding, "on"),
+        *itertools.product((Compiling, AnySize), ("on", "off")),
+        *itertools.product((CpuCompiling, CpuAnySize), ("off",)),
+    ],
 )
 def test_preemption(platform: type[Platform], sync: str, use: Use) -> None:
     cases = cases_for("qwen3", 16)
@@ -182,7 +207,7 @@ def test_prompts_and_decoding_in_turn(
         check(loop, cases, arrivals=random.Random(4))
 
 
-@pytest.mark.parametrize("platform", [Padding, Compiling])
+@pytest.mark.parametrize("platform", [Padding, Compiling, AnySize])
 def test_log_probabilities_and_drawn_tokens(platform: type[Platform], use: Use) -> None:
     """Of prompts and of samples, against steps as large as their work."""
     prompts = [case.prompt for case in cases_for("qwen3")]
@@ -257,7 +282,7 @@ def test_steps_are_compiled_once_a_bucket_and_taken(use: Use) -> None:
     name = use(Compiling)
     with open_loop("qwen3", platform=name, max_num_batched_tokens=30, max_num_seqs=16) as loop:
         assert [graph.num_tokens for graph in Compiling.graphs] == [8, 32]
-        assert Compiling.seen == [StepLimits(30, (8, 32), True)] * 2
+        assert Compiling.seen == [StepLimits(32, (8, 32), True)] * 2
         assert Compiling.steps == []
         numbers = []
         forward = loop.executor.model.forward  # type: ignore[attr-defined]
@@ -279,26 +304,28 @@ def test_a_graph_has_the_ops_of_the_model_in_order(use: Use) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_compiled_step_is_the_forward(
-    model: str, use: Use, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_step_is_the_forward(model: str, use: Use) -> None:
     """Both, on the same inputs, in every step of a run: the graph was traced on padding only."""
-    compared = []
+    compared: list[int] = []
     with open_loop(model, platform=use(Compiling)) as loop:
         runner = runner_of(loop)
 
-        def both(step: StepFn) -> StepFn:
-            def run(metadata: Sequence[Any]) -> Tensor:
-                found = step(metadata)
-                assert torch.equal(found, runner._decoder.forward())
-                compared.append(len(found))
-                return found
-
-            return run
-
-        runner.compiled = {size: both(step) for size, step in runner.compiled.items()}
+        runner.compiled = with_forward(runner, compared)
         check(loop, cases_for(model), arrivals=random.Random(8))
     assert set(compared) == set(BUCKETS)
+
+
+def with_forward(runner: Any, compared: list[int]) -> Callable[[int], StepFn | None]:
+    """The runner's compiled steps, each compared with the forward; `compared`: their sizes."""
+    compiled = runner.compiled
+
+    def both(metadata: Sequence[Any], num_tokens: int) -> Tensor:
+        found: Tensor = compiled(num_tokens)(metadata, num_tokens)
+        assert torch.equal(found, runner._decoder.forward())
+        compared.append(len(found))
+        return found
+
+    return lambda num_tokens: both
 
 
 class FusedMLP(OpImpl):
@@ -396,3 +423,99 @@ def test_a_model_that_cannot_be_traced_runs_op_by_op(
         check(loop, cases_for("qwen3"))
     assert not Compiling.graphs
     assert "run op by op, because this model cannot be traced: aten.mul" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------
+# One step for all sizes
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_graph_is_the_forward_of_every_size(
+    model: str, use: Use, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of whole prompts, chunks, single tokens and their mixtures."""
+    compared: list[int] = []
+    cases = cases_for(model, 16)
+    with (
+        caplog.at_level("INFO", "trimaran.runner"),
+        open_loop(model, platform=use(AnySize)) as loop,
+    ):
+        assert loop.config.scheduler.token_buckets == ()
+        most = loop.config.scheduler.max_num_batched_tokens
+        assert [graph.any_size for graph in Compiling.graphs] == [True]
+        assert Compiling.seen == [StepLimits(most)]
+        runner = runner_of(loop)
+        runner.compiled = with_forward(runner, compared)
+        check(loop, cases, arrivals=random.Random(10))
+        check(loop, cases[:1])  # alone: one token a step
+    assert f"steps of up to {most} tokens are compiled as one" in caplog.text
+    assert 1 in compared and len(set(compared)) > 12 and max(compared) > 24
+
+
+def test_the_one_step_is_taken_and_nothing_goes_op_by_op(use: Use) -> None:
+    with open_loop(
+        "qwen3", platform=use(AnySize), max_num_batched_tokens=24, max_num_seqs=16
+    ) as loop:
+        assert Compiling.seen == [StepLimits(24)] and Compiling.steps == []
+        forwards = []
+        forward = loop.executor.model.forward  # type: ignore[attr-defined]
+        loop.executor.model.forward = lambda: forwards.append(1) or forward()  # type: ignore[attr-defined]
+        check(loop, cases_for("qwen3"), arrivals=random.Random(11))
+    assert not forwards and set(Compiling.steps) <= set(range(1, 25)) and 24 in Compiling.steps
+
+
+class PaddedAnySize(AnySize):
+    limits = StepLimits(token_buckets=BUCKETS)
+
+
+def test_one_step_may_serve_the_buckets(use: Use) -> None:
+    with open_loop(
+        "qwen3", platform=use(PaddedAnySize), max_num_batched_tokens=24, max_num_seqs=16
+    ) as loop:
+        assert Compiling.seen == [StepLimits(32, (8, 32))], "a step of 24 is padded to 32"
+        check(loop, cases_for("qwen3"), arrivals=random.Random(12))
+    assert set(Compiling.steps) == {8, 32}
+
+
+class Declining(AnySize):
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        return None
+
+
+def test_without_the_one_step_all_run_op_by_op(
+    use: Use, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "trimaran.runner"):
+        with open_loop("qwen3", platform=use(Declining)) as loop:
+            check(loop, cases_for("qwen3"))
+        assert "steps run op by op: the platform compiled none" in caplog.text
+        with open_loop(
+            "qwen3", platform=use(AnySize), max_num_batched_tokens=2, max_num_seqs=2
+        ) as loop:
+            check(loop, cases_for("qwen3", 4))
+        assert "an example has 3 tokens, a step 2 at most" in caplog.text
+        plain = GatedMLP.__call__
+
+        def twice_if_few(self: GatedMLP, hidden: Tensor) -> Tensor:
+            return plain(self, hidden if len(hidden) > 2 else plain(self, hidden))
+
+        monkeypatch.setattr(GatedMLP, "__call__", twice_if_few)
+        with open_loop("qwen3", platform=use(AnySize)):
+            pass
+        assert "this model cannot be traced: steps of 3 and 2 tokens have" in caplog.text
+    assert not Compiling.graphs
+
+
+def test_a_platform_that_fails_to_compile_the_one_step_is_named(
+    use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Any, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(AnySize, "build_step", fail)
+    with (
+        pytest.raises(PlatformError, match=r"'strict' .*any number of tokens: RuntimeError: out"),
+        open_loop("qwen3", platform=use(AnySize)),
+    ):
+        pass

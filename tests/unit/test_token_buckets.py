@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from trimaran.core import resolve as resolve_module
 from trimaran.core.args import EngineArgs
 from trimaran.core.config import SchedulerConfig
 from trimaran.core.errors import ConfigError, PlatformError
+from trimaran.core.models.any_size import any_size
 from trimaran.core.models.trace import StepTracer, TracedAttention, TraceError
 from trimaran.core.ops import OpBinder
 from trimaran.core.plan import StepPlan
@@ -31,6 +33,7 @@ from trimaran.platforms.interface import (
     Output,
     PackedWeight,
     StepGraph,
+    StepInput,
     StepLimits,
     StepMetadata,
     StepNode,
@@ -197,9 +200,9 @@ def test_a_graph_means_its_calls_in_order() -> None:
         ),
     )
     step = interpret(StepGraph(2, nodes, View(Value(3), (2, 1), (1, 1), 0)))
-    assert step([None, 10]).tolist() == [[2 * 13], [0]]
+    assert step([None, 10], 2).tolist() == [[2 * 13], [0]]
     ids.copy_(torch.tensor([1.0, 4.0]))  # a persistent tensor: its content is read in each step
-    assert step([None, 20]).tolist() == [[22], [4 * 25]]
+    assert step([None, 20], 2).tolist() == [[22], [4 * 25]]
 
 
 @pytest.mark.parametrize(
@@ -217,11 +220,47 @@ def test_a_malformed_graph_is_refused(nodes: Any, result: Any, message: str) -> 
         interpret(StepGraph(1, nodes, result))
 
 
+def test_a_graph_of_one_size_serves_no_other() -> None:
+    graph = StepGraph(3, (node("silu_mul", lambda x: x, WEIGHT),), Value(0))
+    assert interpret(graph)([], 3) is WEIGHT
+    with pytest.raises(ValueError, match="A step of 2 tokens; the graph has 3"):
+        interpret(graph)([], 2)
+
+
+POSITIONS = torch.arange(10.0).reshape(2, 5)
+
+
+def test_a_graph_of_any_size_has_its_inputs_outputs_and_views_in_the_size_of_the_step() -> None:
+    nodes = (
+        node("embed", lambda ids: ids.t() * 10, StepInput(POSITIONS), outputs=((3, 2),)),
+        node("silu_mul", lambda x: x + 1, View(Value(0), (3, 1), (2, 1), 1), outputs=((3, 1),)),
+    )
+    step = interpret(StepGraph(3, nodes, View(Value(1), (3,), (1,), 0), any_size=True))
+    for tokens in (1, 3, 5):
+        assert step([], tokens).tolist() == [51.0, 61, 71, 81, 91][:tokens]
+
+
+@pytest.mark.parametrize(
+    ("argument", "shape", "result", "message"),
+    [
+        (WEIGHT, (4, 2), Value(0), r"Node 0 \(embed\) makes \(4, 2\), in a graph for any size"),
+        (WEIGHT, (), Value(0), r"Node 0 \(embed\) makes \(\)"),
+        (WEIGHT, (3, 2), View(Value(0), (2, 3), (3, 1), 0), r"The result reads a view \(2, 3\)"),
+    ],
+)
+def test_a_graph_of_any_size_counts_tokens_first(
+    argument: Any, shape: tuple[int, ...], result: Any, message: str
+) -> None:
+    graph = StepGraph(3, (node("embed", id, argument, outputs=(shape,)),), result, any_size=True)
+    with pytest.raises(ValueError, match=message):
+        interpret(graph)
+
+
 def test_an_op_that_makes_something_else_is_noticed() -> None:
     for call in (lambda x: (x, x), lambda x: x[:2], lambda x: x.double()):
         graph = StepGraph(1, (node("silu_mul", call, WEIGHT),), Value(0))
         with pytest.raises(ValueError, match=r"Node 0 \(silu_mul\) made .* not "):
-            interpret(graph)([])
+            interpret(graph)([], 1)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,9 +271,13 @@ def test_an_op_that_makes_something_else_is_noticed() -> None:
 class Toy:
     """A decoder of two ops, as far as a tracer looks at one."""
 
-    def __init__(self, tracer: StepTracer, between: Callable[[Tensor], Any]) -> None:
-        self.ids = torch.tensor([1.0, 2.0, 3.0, 4.0])
-        self.buffers = type("Buffers", (), {"num_tokens": 4})
+    def __init__(
+        self, tracer: StepTracer, between: Callable[[Tensor], Any], tokens: int = 4
+    ) -> None:
+        self.all_ids = torch.arange(1.0, 9.0)
+        self.ids = self.all_ids[:tokens]
+        inputs = [(self.ids, self.all_ids)]
+        self.buffers = SimpleNamespace(num_tokens=tokens, inputs=lambda: inputs)
         self.double = tracer.wrap("rms_norm", lambda x: x * 2)
         add = tracer.wrap("add", lambda a, b: a + b)
         self.fused = tracer.wrap("add_rms_norm", lambda a, b: (add(a, b), a))
@@ -255,9 +298,9 @@ def test_a_trace_has_a_node_for_each_call_the_decoder_makes() -> None:
     assert graph.nodes[1].arguments[0] == View(Value(0), (2,), (1,), 2)
     assert graph.nodes[1].outputs == (Output((2,), torch.float32),) * 2
     assert graph.result == Value(1, 0)
-    assert interpret(graph)([]).tolist() == [6 + 1, 8 + 2]
-    graph.nodes[0].arguments[0].mul_(10)
-    assert interpret(graph)([]).tolist() == [60 + 1, 80 + 2]
+    assert interpret(graph)([], 4).tolist() == [6 + 1, 8 + 2]
+    graph.nodes[0].arguments[0].tensor.mul_(10)
+    assert interpret(graph)([], 4).tolist() == [60 + 1, 80 + 2]
 
 
 @pytest.mark.parametrize(
@@ -286,6 +329,107 @@ def test_a_view_of_what_is_not_laid_out_in_rows_ends_the_trace() -> None:
     assert toy.forward().tolist() == [1 + 1, 3 + 2], "the trace is over"
 
 
+def test_a_step_input_is_named_and_no_part_of_it_taken() -> None:
+    graph = trace(lambda x: x.view(2, 2)[1])
+    (found,) = graph.nodes[0].arguments
+    assert isinstance(found, StepInput) and found.tensor.tolist() == [*range(1, 9)]
+    tracer = StepTracer()
+    toy = Toy(tracer, lambda x: x)
+    beside = toy.all_ids[4:]
+    inputs = [(toy.ids, toy.all_ids[:4])]
+    toy.buffers.inputs = lambda: inputs
+    for part, ends in ((toy.ids[1:], True), (toy.ids.view(2, 2), True), (beside, False)):
+        toy.between = lambda x, part=part: part.view(-1)[:2]
+        if ends:
+            with pytest.raises(TraceError, match="an op reads a part of the token ids"):
+                tracer.trace(toy)  # type: ignore[arg-type]
+        else:
+            assert tracer.trace(toy).nodes[1].arguments[0].tolist() == [5, 6]  # type: ignore[arg-type]
+
+
+TABLE = torch.arange(12.0).reshape(4, 3)
+
+
+class Rows:
+    """A decoder `[tokens]` → `[tokens, 3]`; `layer` is what stands between its two ops."""
+
+    def __init__(self, layer: Callable[..., Any]) -> None:
+        self.tracer = StepTracer()
+        wrap = self.tracer.wrap
+        self.embed = wrap("embed", lambda ids: TABLE[ids])
+        self.norm = wrap("rms_norm", lambda x, *rest: x * 2)
+        self.other = wrap("rms_norm", lambda x, *rest: x * 2)
+        self.flat = wrap("rms_norm", lambda x: x.flatten())
+        self.sum = wrap("add", lambda x: x.sum(0))
+        self.wide = wrap("add", lambda x: x.double() if len(x) == 2 else x)
+        self.layer = layer
+        self.whole = torch.tensor([0, 1, 2, 3, 1, 0])
+
+    def trace(self, tokens: int) -> StepGraph:
+        self.ids = self.whole[:tokens]
+        inputs = [(self.ids, self.whole)]
+        self.buffers = SimpleNamespace(num_tokens=tokens, inputs=lambda: inputs)
+        return self.tracer.trace(self)  # type: ignore[arg-type]
+
+    def forward(self) -> Tensor:
+        found: Tensor = self.layer(self, self.embed(self.ids))
+        return found
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda self, x: self.norm(x, TABLE, TABLE[:2], 1e-6, None, torch.float32),
+        lambda self, x: self.norm(x[:, 1:]),
+        lambda self, x: self.norm(x.unsqueeze(1)).squeeze(1),
+        lambda self, x: x[:, 0],
+    ],
+)
+def test_two_examples_make_a_graph_for_any_size(layer: Callable[..., Any]) -> None:
+    decoder = Rows(layer)
+    graph = any_size(decoder.trace(3), decoder.trace(2))
+    assert graph.any_size and graph.num_tokens == 3
+    for tokens in (6, 1, 4):
+        own = decoder.trace(tokens)
+        assert interpret(graph)([], tokens).equal(interpret(own)([], tokens))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda self, x: self.norm(x) if len(x) == 2 else x, "tokens have 1 and 2 ops"),
+        (
+            lambda self, x: (self.norm if len(x) == 2 else self.sum)(x),
+            r"op 1 \(add\).*it is rms_no",
+        ),
+        (
+            lambda self, x: (self.norm if len(x) == 2 else self.other)(x),
+            r"op 1 \(rms_n.*it is rms_n",
+        ),
+        (lambda self, x: self.norm(x, *[1] * len(x)), "more or fewer arguments"),
+        (lambda self, x: self.norm(x, len(x)), "its argument 1"),
+        (lambda self, x: self.norm(x, float(len(x))), "its argument 1"),
+        (lambda self, x: self.norm(x, TABLE[: len(x)]), "its argument 1"),
+        (lambda self, x: self.norm(x, (len(x),)), "its argument 1"),
+        (lambda self, x: self.norm(x, x if len(x) == 2 else 0), "its argument 1"),
+        (lambda self, x: self.norm(x[:2]), "its argument 0"),
+        (lambda self, x: self.norm(x[-1:]), "its argument 0"),
+        (lambda self, x: self.norm(x.t()), "its argument 0"),
+        (lambda self, x: self.norm(x.view(-1)), "its argument 0"),
+        (lambda self, x: self.flat(x), r"its result is \(9,\) with 3, \(6,\) with 2"),
+        (lambda self, x: self.sum(x), r"its result is \(3,\) with 3, \(3,\) with 2"),
+        (lambda self, x: self.wide(x), "its result is"),
+        (lambda self, x: x[-1], "which value the result is"),
+    ],
+)
+def test_what_depends_on_the_number_of_tokens_is_no_graph_for_any(
+    layer: Callable[..., Any], message: str
+) -> None:
+    decoder = Rows(layer)
+    with pytest.raises(TraceError, match=message):
+        any_size(decoder.trace(3), decoder.trace(2))
+
+
 def test_a_trace_lets_go_of_what_the_decoder_lets_go_of() -> None:
     """Intermediate tensors of a long step are large; their addresses come again and again."""
     tracer, alive, most = StepTracer(), weakref.WeakSet[Tensor](), []
@@ -298,15 +442,16 @@ def test_a_trace_lets_go_of_what_the_decoder_lets_go_of() -> None:
 
     class Long(Toy):
         def forward(self) -> Tensor:
-            step, hidden = tracer.wrap("rms_norm", double), self.ids
-            for _ in range(20):
-                hidden = step(hidden.view(2, 2)).view(4)
+            step = tracer.wrap("rms_norm", double)
+            hidden = step(self.ids)
+            for _ in range(19):
+                hidden = step(hidden.view(2, 2).view(4))
             return hidden
 
     graph = tracer.trace(Long(tracer, lambda x: x))  # type: ignore[arg-type]
     assert max(most) <= 2 and len(most) == 20
     assert [n.arguments[0] for n in graph.nodes[1:]] == [Value(i) for i in range(19)]
-    assert interpret(graph)([]).tolist() == [2.0**20 * x for x in (1, 2, 3, 4)]
+    assert interpret(graph)([], 4).tolist() == [2.0**20 * x for x in (1, 2, 3, 4)]
 
 
 def test_traced_attention_passes_on_all_of_the_contract() -> None:
@@ -335,6 +480,7 @@ def test_packing_looks_through_the_wrapping() -> None:
         ({"compile_steps": False}, 1, ""),
         ({}, 2, "cannot hold a group's collectives"),
         ({"limits": StepLimits()}, 1, "no token buckets"),
+        ({"limits": StepLimits(), "step_sizes": "any"}, 2, "cannot hold a group's collectives"),
     ],
 )
 def test_why_steps_are_not_compiled(
