@@ -27,7 +27,7 @@ help:
 install: $(STAMP) ## .venv with the pinned torch, the package (editable) and its tools
 
 # torch first and by itself: the ranges of pyproject.toml then find it there and bring no other build.
-$(STAMP): pyproject.toml setup.py $(PINS)
+$(STAMP): pyproject.toml setup.py $(PINS) kernels_cpu/build.py $(wildcard kernels_cpu/csrc/*)
 	@[ -n "$(PYTHON)" ] || { echo "No Python 3.11 to 3.13 with venv was found (Debian: apt install python3-venv)." \
 	    "Name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "[1/4] virtual environment in .venv"

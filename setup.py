@@ -1,6 +1,14 @@
-"""The part of the packaging that pyproject.toml cannot say: the root directory is the package."""
+"""The part of the packaging that pyproject.toml cannot say: the root directory is the package, and
+the native x86 kernels are built with it."""
 
-from setuptools import find_packages, setup
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 FOLDERS = (
@@ -14,6 +22,16 @@ FOLDERS = (
     "server",
 )
 INCLUDE = [pattern for folder in FOLDERS for pattern in (folder, f"{folder}.*")]
+ROOT = Path(__file__).resolve().parent
+
+
+def native_build():
+    """kernels_cpu/build.py, read as a file: the package itself cannot be imported while it is
+    built."""
+    spec = importlib.util.spec_from_file_location("build", ROOT / "kernels_cpu" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class BuildPy(build_py):
@@ -24,7 +42,38 @@ class BuildPy(build_py):
         return [entry for entry in modules if entry[:2] != ("trimaran", "setup")]
 
 
+class BuildNative(build_ext):
+    """The kernels for x86 by their own builder. Without a compiler the package is built all the
+    same: then torch's implementations serve, and `trimaran platforms` says so."""
+
+    def get_ext_filename(self, fullname):
+        return str(Path(*fullname.split(".")).with_name(native_build().LIBRARY))
+
+    def build_extension(self, ext):
+        native = native_build()
+        target = Path(self.get_ext_fullpath(ext.name))
+        try:
+            native.build(target, Path(self.build_temp).resolve())
+        except native.BuildError as error:
+            print(f"The native x86 kernels are left out: {error}", file=sys.stderr)
+
+    def copy_extensions_to_source(self):
+        built = Path(self.get_ext_fullpath(self.extensions[0].name))
+        if not self.inplace and not built.exists():
+            return  # an editable installation without a compiler
+        super().copy_extensions_to_source()
+
+
+class AnyPython(bdist_wheel):
+    """The library knows nothing of Python: the wheel is bound to the machine alone."""
+
+    def get_tag(self):
+        return ("py3", "none", super().get_tag()[2])
+
+
+on_x86 = platform.machine() in ("x86_64", "AMD64")
 setup(
     packages=["trimaran", *(f"trimaran.{name}" for name in find_packages(include=INCLUDE))],
-    cmdclass={"build_py": BuildPy},
+    ext_modules=[Extension("trimaran.kernels_cpu.native", sources=[])] if on_x86 else [],
+    cmdclass={"build_py": BuildPy, "build_ext": BuildNative, "bdist_wheel": AnyPython},
 )

@@ -1,1 +1,1 @@
-"""x86 CPU kernels: C++ sources, their loader and thin wrappers over tensors."""
+"""Native x86 kernels: C++ sources, their build, the loader, and thin wrappers over tensors."""

@@ -1,0 +1,14 @@
+// All kernels for one instruction set, and the table of them. Included by each isa_*.cpp.
+#pragma once
+#include "linear.h"
+
+namespace trimaran::ISA {
+
+extern const KernelFn TABLE[];
+const KernelFn TABLE[] = {
+#define TRIMARAN_KERNEL(name) name,
+#include "kernels.def"
+#undef TRIMARAN_KERNEL
+};
+
+}  // namespace trimaran::ISA

@@ -1,0 +1,152 @@
+// The library's entry points: which instruction sets this processor has, and running programs.
+//
+// Compiled for plain x86-64. Built with -fopenmp but linked without it: the symbols are those of
+// the OpenMP runtime that torch has loaded, so that kernels and torch share one pool of threads.
+#include <cpuid.h>
+#include <immintrin.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "abi.h"
+
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace trimaran {
+
+namespace avx2 { extern const KernelFn TABLE[]; }
+namespace avx512 { extern const KernelFn TABLE[]; }
+namespace avx512_bf16 { extern const KernelFn TABLE[]; }
+namespace amx { extern const KernelFn TABLE[]; }
+
+namespace {
+
+// In the order of `ISAS` in kernels_cpu/library.py.
+enum Isa { AVX2 = 1, AVX512, AVX512_BF16, AMX };
+
+const KernelFn* const TABLES[] = {nullptr, avx2::TABLE, avx512::TABLE, avx512_bf16::TABLE,
+                                  amx::TABLE};
+
+constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+constexpr uint64_t AVX_STATE = 0x6, AVX512_STATE = 0xe6, TILE_STATE = 0x60000;
+
+uint64_t enabled_state() {
+    uint32_t low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+int detect() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    const unsigned osxsave = 1u << 27, fma = 1u << 12, f16c = 1u << 29;
+    if (~c & (osxsave | fma | f16c)) return 0;
+    const uint64_t state = enabled_state();
+    if (~state & AVX_STATE || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if (~b & 1u << 5) return 0;  // AVX2
+    const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    if (~b & wide || ~state & AVX512_STATE) return AVX2;
+    const bool vnni = c & 1u << 11, amx = d & 1u << 24 && d & 1u << 25 && d & 1u << 22;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return AVX512;
+    if (~a & 1u << 5 || !vnni) return AVX512;  // AVX512_BF16
+    if (!amx || ~state & TILE_STATE) return AVX512_BF16;
+    const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    return granted ? AMX : AVX512_BF16;
+}
+
+// Spins for some microseconds, which is what a barrier between two kernels takes, and then sleeps:
+// the cores may be shared with others.
+constexpr int SPINS = 4000;
+
+struct Barrier {
+    int32_t arrived;
+    int32_t round;
+    int32_t sleeping;
+};
+
+void wait_at(Barrier& barrier, int size) {
+    const int32_t round = __atomic_load_n(&barrier.round, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&barrier.arrived, 1, __ATOMIC_ACQ_REL) == size) {
+        __atomic_store_n(&barrier.arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&barrier.round, round + 1, __ATOMIC_SEQ_CST);
+        if (__atomic_load_n(&barrier.sleeping, __ATOMIC_SEQ_CST))
+            syscall(SYS_futex, &barrier.round, FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+        return;
+    }
+    for (int i = 0; i < SPINS; i++) {
+        if (__atomic_load_n(&barrier.round, __ATOMIC_ACQUIRE) != round) return;
+        _mm_pause();
+    }
+    __atomic_add_fetch(&barrier.sleeping, 1, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&barrier.round, __ATOMIC_SEQ_CST) == round)
+        syscall(SYS_futex, &barrier.round, FUTEX_WAIT_PRIVATE, round, nullptr, nullptr, 0);
+    __atomic_sub_fetch(&barrier.sleeping, 1, __ATOMIC_SEQ_CST);
+}
+
+// Shared by the threads of one run. There are two counters of work items: while one call counts
+// with one, the other is set to zero for the next call.
+struct Shared {
+    alignas(64) Barrier barrier;
+    alignas(64) int64_t taken[2];
+};
+
+struct Worker {
+    Shared* shared;
+    int call;
+    int num_threads;
+};
+
+void barrier_of(void* state) {
+    const Worker& worker = *(Worker*)state;
+    wait_at(worker.shared->barrier, worker.num_threads);
+}
+
+int64_t next_of(void* state) {
+    Worker& worker = *(Worker*)state;
+    return __atomic_fetch_add(&worker.shared->taken[worker.call & 1], 1, __ATOMIC_RELAXED);
+}
+
+void work(const Call* calls, int count, const Run& run, const KernelFn* table, int thread,
+          int num_threads, Shared& shared) {
+    Worker worker{&shared, 0, num_threads};
+    const Team team{&run, thread, num_threads, run.scratch + thread * run.scratch_bytes,
+                    barrier_of, next_of, &worker};
+    for (int i = 0; i < count; i++) {
+        worker.call = i;
+        table[calls[i].kernel](calls[i], team);
+        if (thread == 0) shared.taken[(i + 1) & 1] = 0;
+        wait_at(shared.barrier, num_threads);
+    }
+}
+
+}  // namespace
+}  // namespace trimaran
+
+using namespace trimaran;
+
+// The best instruction set of this processor that the kernels know (0: none).
+EXPORT int trimaran_isa() { return detect(); }
+
+EXPORT const char* trimaran_kernel_name(int kernel) {
+    static const char* const names[] = {
+#define TRIMARAN_KERNEL(name) #name,
+#include "kernels.def"
+#undef TRIMARAN_KERNEL
+    };
+    return kernel >= 0 && kernel < (int)Kernel::count ? names[kernel] : nullptr;
+}
+
+EXPORT int64_t trimaran_call_bytes() { return sizeof(Call); }
+
+// Runs `count` calls with `run->num_threads` threads and the kernels of `isa`, which must not be
+// above `trimaran_isa()`.
+EXPORT void trimaran_run(const Call* calls, int count, const Run* run, int isa) {
+    const KernelFn* table = TABLES[isa];
+    Shared shared{};
+    if (run->num_threads == 1) return work(calls, count, *run, table, 0, 1, shared);
+#pragma omp parallel num_threads(run->num_threads)
+    work(calls, count, *run, table, omp_get_thread_num(), omp_get_num_threads(), shared);
+}

@@ -1,0 +1,168 @@
+// Vectors of floats as wide as the instruction set has them, written with gcc's vector extension:
+// one source for all sets. Included by each isa_*.cpp, inside its own namespace (`ISA`); no STL
+// here or anywhere below, because an inline function that two objects share would be linked in
+// whichever object's instruction set comes first.
+//
+// TRIMARAN_WIDE: 512-bit vectors. TRIMARAN_BF16, TRIMARAN_VNNI, TRIMARAN_AMX: those instructions.
+// TRIMARAN_EMULATED: compile the wide variants for a processor without them (for tests): gcc
+// splits the vectors, and `emulated.h` says what the special instructions mean.
+#pragma once
+#include <immintrin.h>
+
+#include "abi.h"
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace trimaran::ISA {
+
+#ifdef TRIMARAN_WIDE
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef int8_t vb __attribute__((vector_size(W)));
+typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(W * 4), aligned(1), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(1), may_alias));
+typedef int8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
+typedef int32_t vi_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct f16 {
+    uint16_t bits;
+};
+
+INLINE vf splat(float x) { return x - vf{}; }
+INLINE vf zero() { return vf{}; }
+
+// -ffp-contract=fast makes these one instruction, rounded once.
+INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE float fma(float a, float b, float c) { return a * b + c; }
+
+INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
+INLINE vf max(vf a, vf b) { return select(a > b, a, b); }
+INLINE vf min(vf a, vf b) { return select(a < b, a, b); }
+INLINE float max(float a, float b) { return a > b ? a : b; }
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// Sums in a fixed order, whatever the width: pairs at distance W/2, W/4, …, 1.
+INLINE float sum(vf x) {
+    float lane[W];
+    __builtin_memcpy(lane, &x, sizeof x);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+INLINE float largest(vf x) {
+    float lane[W];
+    __builtin_memcpy(lane, &x, sizeof x);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] = max(lane[i], lane[i + half]);
+    return lane[0];
+}
+
+// ---------------------------------------------------------------------------------------------
+// Elements: each type is read as floats and written rounded to nearest, ties to even.
+// ---------------------------------------------------------------------------------------------
+
+INLINE vf load(const float* p) { return *(const vf_any*)p; }
+INLINE vf load(const bf16* p) {
+    return (vf)(__builtin_convertvector(*(const vh_any*)p, vu) << 16);
+}
+INLINE vf load(const f16* p) {
+    vf x;
+    for (int i = 0; i < W / 8; i++) {
+        const __m256 part = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8 * i)));
+        __builtin_memcpy((float*)&x + 8 * i, &part, sizeof part);
+    }
+    return x;
+}
+INLINE vf load(const int8_t* p) {
+    return __builtin_convertvector(__builtin_convertvector(*(const vb_any*)p, vi), vf);
+}
+
+INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
+INLINE vh to_bf16(vf x) {
+    const vu bits = (vu)x;
+    const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const vu nan = (bits >> 16) | 0x40;
+    return __builtin_convertvector((vu)select(x == x, (vf)rounded, (vf)nan), vh);
+}
+INLINE void store(bf16* p, vf x) { *(vh_any*)p = to_bf16(x); }
+INLINE void store(f16* p, vf x) {
+    for (int i = 0; i < W / 8; i++) {
+        __m256 part;
+        __builtin_memcpy(&part, (const float*)&x + 8 * i, sizeof part);
+        _mm_storeu_si128((__m128i*)(p + 8 * i), _mm256_cvtps_ph(part, _MM_FROUND_TO_NEAREST_INT));
+    }
+}
+
+INLINE float load_one(const float* p) { return *p; }
+INLINE float load_one(const bf16* p) {
+    const uint32_t bits = (uint32_t)p->bits << 16;
+    float x;
+    __builtin_memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE float load_one(const f16* p) { return _cvtsh_ss(p->bits); }
+
+// The first `count` < W elements; the others are 0 (loads) or left alone (stores).
+template <class T>
+INLINE vf load_part(const T* p, int64_t count) {
+    T whole[W] = {};
+    __builtin_memcpy(whole, p, count * sizeof(T));
+    return load(whole);
+}
+template <class T>
+INLINE void store_part(T* p, vf x, int64_t count) {
+    T whole[W];
+    store(whole, x);
+    __builtin_memcpy(p, whole, count * sizeof(T));
+}
+
+// The two halves of a vector of bfloat16 pairs: elements 0, 2, 4… and 1, 3, 5…
+INLINE vf even(vu pairs) { return (vf)(pairs << 16); }
+INLINE vf odd(vu pairs) { return (vf)(pairs & 0xffff0000u); }
+INLINE vu load_pairs(const bf16* p) { return *(const vu_any*)p; }
+
+#ifdef TRIMARAN_BF16
+// c + a1 * b1 + a0 * b0 for one pair a and W pairs b, the odd product first (Intel's manual,
+// VDPBF16PS).
+INLINE vf dot_pairs(vf c, uint32_t a, vu b) {
+#ifdef TRIMARAN_EMULATED
+    const vu pair = a - vu{};
+    return fma(even(pair), even(b), fma(odd(pair), odd(b), c));
+#else
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#endif
+}
+#endif
+
+// Runs `body` with a null pointer to the element type of a call; `Bare<decltype(it)>` is the type.
+template <class P>
+struct Bare;
+template <class T>
+struct Bare<const T*> {
+    using type = T;
+};
+template <class Body>
+INLINE void with_element(int32_t element, Body body) {
+    switch ((Element)element) {
+        case Element::f32: return body((const float*)nullptr);
+        case Element::bf16: return body((const bf16*)nullptr);
+        case Element::f16: return body((const f16*)nullptr);
+        default: return;
+    }
+}
+
+}  // namespace trimaran::ISA

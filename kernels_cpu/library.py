@@ -1,0 +1,138 @@
+"""The native library: loading it, the instruction set in use, and running programs of calls."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .build import LIBRARY
+
+ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
+"""In rising order; the library's own numbers."""
+CAP = "TRIMARAN_CPU_ISA"
+"""Environment variable: the highest instruction set to use."""
+SCRATCH_BYTES = 2 << 20
+"""For each thread: rows of activations as a kernel multiplies them."""
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+
+class NativeUnavailable(RuntimeError):
+    """The native kernels cannot be used here; the message says why."""
+
+
+class Call(ctypes.Structure):
+    """One call of one kernel, as `csrc/abi.h` has it; what the arrays mean stands at each kernel.
+    Whoever fills in addresses keeps the tensors alive."""
+
+    _fields_ = [
+        ("kernel", ctypes.c_int32),
+        ("element", ctypes.c_int32),
+        ("rows", ctypes.c_int64),
+        ("rows_per_token", ctypes.c_int64),
+        ("input", ctypes.c_void_p * 8),
+        ("output", ctypes.c_void_p * 4),
+        ("n", ctypes.c_int64 * 12),
+        ("f", ctypes.c_float * 4),
+    ]
+
+
+class _Run(ctypes.Structure):
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        ("plans", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+        ("scratch_bytes", ctypes.c_int64),
+        ("num_threads", ctypes.c_int32),
+    ]
+
+
+class Library:
+    """The loaded library with one instruction set. Thread-safe: each thread that calls has scratch
+    memory of its own (and, from OpenMP, a pool of its own: one thread should do it)."""
+
+    def __init__(self, path: Path, cap: str | None = None) -> None:
+        """`cap`: the highest instruction set to use. Raises NativeUnavailable."""
+        try:
+            self._native = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeUnavailable(f"the native kernels do not load: {error}") from None
+        self._native.trimaran_kernel_name.restype = ctypes.c_char_p
+        self._native.trimaran_call_bytes.restype = ctypes.c_int64
+        if self._native.trimaran_call_bytes() != ctypes.sizeof(Call):
+            raise NativeUnavailable(f"{path.name} is of another version: build it again")
+        self.detected = ISAS[self._native.trimaran_isa()]
+        self.isa = _capped(self.detected, cap)
+        self._isa = ISAS.index(self.isa)
+        self._kernels = self._names()
+        self._local = threading.local()
+
+    def _names(self) -> dict[str, int]:
+        names: dict[str, int] = {}
+        while (name := self._native.trimaran_kernel_name(len(names))) is not None:
+            names[name.decode()] = len(names)
+        return names
+
+    def call(self, kernel: str, dtype: torch.dtype, rows: int = 0, per_token: int = 0) -> Call:
+        """A call to fill in, of `rows` rows and `per_token` rows for each token of the run."""
+        return Call(self._kernels[kernel], ELEMENTS[dtype], rows, per_token)
+
+    def program(self, calls: Sequence[Call]) -> ctypes.Array[Call]:
+        return (Call * len(calls))(*calls)
+
+    def run(self, program: ctypes.Array[Call], tokens: int = 0, plans: int = 0) -> None:
+        """Run a program with torch's number of threads. `plans`: address of the table of attention
+        plans."""
+        run = self._prepared()
+        run.tokens, run.plans = tokens, plans
+        self._native.trimaran_run(program, len(program), ctypes.byref(run), self._isa)
+
+    def run_one(self, call: Call, plans: int = 0) -> None:
+        run = self._prepared()
+        run.tokens, run.plans = 0, plans
+        self._native.trimaran_run(ctypes.byref(call), 1, ctypes.byref(run), self._isa)
+
+    def _prepared(self) -> _Run:
+        threads = torch.get_num_threads()
+        run: _Run | None = getattr(self._local, "run", None)
+        if run is None or run.num_threads != threads:
+            scratch = torch.empty(threads * SCRATCH_BYTES + 64, dtype=torch.uint8)
+            start = (scratch.data_ptr() + 63) // 64 * 64
+            run = _Run(0, None, start, SCRATCH_BYTES, threads)
+            self._local.run, self._local.scratch = run, scratch
+        return run
+
+
+def _capped(detected: str, cap: str | None) -> str:
+    if detected == "none":
+        raise NativeUnavailable("the native kernels need AVX2, FMA and F16C")
+    if cap is None:
+        return detected
+    if cap not in ISAS[1:]:
+        raise NativeUnavailable(f"{CAP} is {cap!r}; it must be one of {', '.join(ISAS[1:])}")
+    return ISAS[min(ISAS.index(cap), ISAS.index(detected))]
+
+
+@functools.cache
+def library() -> Library:
+    """The library of this installation, loaded once. Raises NativeUnavailable."""
+    path = Path(__file__).parent / LIBRARY
+    if not path.exists():
+        raise NativeUnavailable("the native kernels were not built (no g++ at installation)")
+    return Library(path, os.environ.get(CAP))
+
+
+@functools.cache
+def unavailable() -> str:
+    """Why the native kernels cannot be used here; empty where they can."""
+    try:
+        library()
+    except NativeUnavailable as error:
+        return str(error)
+    return ""

@@ -1,0 +1,80 @@
+"""Ops by the native kernels: one call of one kernel each, alone or as part of a whole step.
+
+An op says how a `Call` is filled in from operands. Run alone, the operands are tensors; in a
+compiled step they are places in its arena (`cpu_step`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels_cpu.library import ELEMENTS, Call, library, unavailable
+from .interface import OpImpl, OpSignature, Output, Support
+
+
+class Operand(NamedTuple):
+    """Where a tensor lies. The leading dimension counts tokens; `shape` is the rest of its shape
+    and `strides`, in elements, are all of its strides."""
+
+    address: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Operand:
+        return cls(tensor.data_ptr(), tensor.dtype, tuple(tensor.shape[1:]), tensor.stride())
+
+    @property
+    def inner_is_contiguous(self) -> bool:
+        expected = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides[1:]), strict=True):
+            if size != 1 and stride != expected:
+                return False
+            expected *= size
+        return True
+
+
+class NativeOp(OpImpl):
+    """An op by one native kernel. `tensors`: which of the op's arguments are tensors with a row a
+    token; all others are constants (weights, numbers, None)."""
+
+    name = "native"
+    priority = 10
+    kernel: str
+    tensors: tuple[int, ...] = (0,)
+
+    def supports(self, sig: OpSignature) -> Support:
+        if reason := unavailable():
+            return Support.no(reason)
+        if sig.dtype not in ELEMENTS:
+            return Support.no(f"no kernel for {sig.dtype}")
+        return Support.yes(f"own kernel, {library().isa}")
+
+    @abstractmethod
+    def outputs(self, args: Sequence[Any]) -> Sequence[Output]:
+        """What the op makes of these arguments, contiguous each."""
+
+    @abstractmethod
+    def fill(self, call: Call, out: Sequence[Operand], args: Sequence[Any]) -> None:
+        """Complete `call`, which has the kernel, the element type of the first tensor and the
+        number of rows. `args`: the op's own, operands in place of `tensors`."""
+
+    def __call__(self, *args: Any) -> Any:
+        made = [torch.empty(shape, dtype=dtype) for shape, dtype in self.outputs(args)]
+        given = list(args)
+        for index in self.tensors:
+            if not Operand.of(args[index]).inner_is_contiguous:
+                args = (*args[:index], args[index].contiguous(), *args[index + 1 :])
+            given[index] = Operand.of(args[index])
+        first: Tensor = args[self.tensors[0]]
+        native = library()
+        call = native.call(self.kernel, first.dtype, rows=len(first))
+        self.fill(call, [Operand.of(tensor) for tensor in made], given)
+        native.run_one(call)
+        return tuple(made) if len(made) > 1 else made[0]
