@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,12 +19,20 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "native.so"
 
-COMMON = (
-    "-std=c++17 -O2 -fPIC -fvisibility=hidden -fno-exceptions -fno-rtti -ffp-contract=fast "
-    "-fno-math-errno -Wall -Wextra"
-).split()
-_AVX2 = "-mavx2 -mfma -mf16c".split()
-_AVX512 = [*_AVX2, *"-mavx512f -mavx512bw -mavx512vl -mavx512dq".split()]
+COMMON = [
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
+_AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+_AVX512 = [*_AVX2, *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
 FLAGS = {
     "run": ["-fopenmp"],
@@ -32,7 +41,7 @@ FLAGS = {
     "isa_avx512_bf16": [*_AVX512_BF16, "-mprefer-vector-width=512"],
     "isa_amx": [
         *_AVX512_BF16,
-        *"-mamx-tile -mamx-bf16 -mamx-int8 -mprefer-vector-width=512".split(),
+        *["-mamx-tile", "-mamx-bf16", "-mamx-int8", "-mprefer-vector-width=512"],
     ],
 }
 """Flags by object; each is compiled from the source of its name."""
@@ -78,7 +87,7 @@ def build(
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda item: compile_one(*item), (flags or FLAGS).items()))
-    partial = target.with_suffix(".partial")
+    partial = target.with_suffix(f".{os.getpid()}")
     _run([*command, "-shared", *extra, *map(str, objects), "-o", str(partial)])
     partial.replace(target)
 
@@ -87,3 +96,8 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{shlex.join(command)}\n{done.stderr.strip()}")
+
+
+if __name__ == "__main__":  # python -m trimaran.kernels_cpu.build: again, after a change
+    with tempfile.TemporaryDirectory() as directory:
+        build(Path(__file__).parent / LIBRARY, Path(directory))
