@@ -1,9 +1,9 @@
 """Tracing: the decoder's forward as a `StepGraph`, for platforms that compile whole steps.
 
 The decoder knows nothing of it. Where a platform compiles steps, the bound ops and the groups'
-attention are wrapped when they are bound; while a trace runs, each call becomes a node. Between
-them the decoder may only look at tensors in other shapes: whatever else it does to one has no
-place in a graph, is noticed, and ends the trace.
+attention are wrapped when they are bound; while a trace runs, each call becomes a node, and is
+computed only where none like it was. Between them the decoder may only look at tensors in other
+shapes: whatever else it does to one has no place in a graph, is noticed, and ends the trace.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ...platforms.interface import (
     Device,
     LayerKV,
     Output,
+    PackedWeight,
     StepGraph,
     StepInput,
     StepMetadata,
@@ -96,9 +97,15 @@ class _Recording(TorchDispatchMode):
         self._inputs = [(view, StepInput(whole)) for view, whole in inputs]
         self.nodes: list[StepNode] = []
         self.in_node = False
+        self._like: dict[tuple[Any, ...], Callable[[], Any]] = {}
         # By storage, the last first. A reference that is weak lets the memory go with the tensor,
         # and yet no later storage can be taken for this one, as one at the same address could.
         self._made: dict[StorageWeakRef, list[tuple[Value, _Layout]]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch's question; by yes, its default, the first call imports its compiler: a second."""
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -115,15 +122,27 @@ class _Recording(TorchDispatchMode):
             arguments[METADATA] = StepMetadata(group)
         self.in_node = True
         try:
-            found = call(*args)
+            found = self._outcome(call, args)
         finally:
             self.in_node = False
-        outputs = () if found is None else found if isinstance(found, tuple) else (found,)
+        outputs = _outputs(found)
         for position, output in enumerate(outputs):
             made = self._made.setdefault(_storage(output), [])
             made.insert(0, (Value(len(self.nodes), position), _Layout.of(output)))
         kinds = tuple(Output(tuple(made.shape), made.dtype) for made in outputs)
         self.nodes.append(StepNode(op, call, tuple(arguments), kinds))
+        return found
+
+    def _outcome(self, call: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """What `call` makes of arguments like these. Only what it is like counts, and layers repeat
+        each other: so it is computed for the first of them, and zero for the others."""
+        key = (call, _kind(args))
+        if key in self._like:
+            return self._like[key]()
+        found = call(*args)
+        given = {_storage(argument) for argument in args if isinstance(argument, Tensor)}
+        if not any(_storage(output) in given for output in _outputs(found)):  # not in place
+            self._like[key] = _maker(found)
         return found
 
     def refer(self, argument: Any) -> Any:
@@ -159,6 +178,40 @@ def _is_view(func: Any) -> bool:
     return bool(returned) and all(alias and not alias.is_write for alias in returned)
 
 
+def _outputs(found: Any) -> tuple[Tensor, ...]:
+    """What an op returned, one by one."""
+    return () if found is None else found if isinstance(found, tuple) else (found,)
+
+
+def _kind(argument: Any) -> Any:
+    """What an op's results are like depends on this of an argument."""
+    if isinstance(argument, Tensor):
+        return tuple(argument.shape), argument.stride(), argument.dtype
+    if isinstance(argument, tuple):
+        return tuple(map(_kind, argument))
+    if isinstance(argument, PackedWeight):
+        inside = (_kind(one) if isinstance(one, Tensor) else type(one) for one in argument.tensors)
+        return argument.format, argument.shape, *inside
+    return argument if isinstance(argument, int | float | str) else id(argument)
+
+
+def _maker(found: Any) -> Callable[[], Any]:
+    """What makes zeros like `found`, without holding on to it."""
+    if found is None:
+        return lambda: None
+    if isinstance(found, tuple):
+        makers = [_maker(one) for one in found]
+        return lambda: tuple(make() for make in makers)
+    shape, stride, dtype, device = tuple(found.shape), found.stride(), found.dtype, found.device
+    size = _extent(shape, stride)
+    return lambda: torch.zeros(size, dtype=dtype, device=device).as_strided(shape, stride)
+
+
+def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
+    """Elements from the first to the last, both included."""
+    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+
+
 def _storage(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
 
@@ -170,8 +223,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 
 def _end(tensor: Tensor) -> int:
     """The address behind its last element."""
-    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.data_ptr() + span * tensor.element_size())
+    extent = _extent(tensor.shape, tensor.stride())
+    return int(tensor.data_ptr() + extent * tensor.element_size())
 
 
 class _Layout(NamedTuple):
@@ -191,7 +244,7 @@ class _Layout(NamedTuple):
     def offset_of(self, view: _Layout) -> int | None:
         """Elements from the start of this to that of `view`; None if it is no view of it."""
         offset = view.offset - self.offset
-        extent = 1 + sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
+        extent = _extent(view.shape, view.stride)
         inside = offset >= 0 and offset + extent <= math.prod(self.shape)
         return offset if inside and self.contiguous and view.dtype == self.dtype else None
 

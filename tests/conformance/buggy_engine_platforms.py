@@ -161,6 +161,13 @@ class CompiledPlatform(StrictPlatform):
         super().__init__(StrictKnobs(delay=0.0, compile_steps=True, limits=limits))
 
 
+class AnySizePlatform(StrictPlatform):
+    """No bug: one compiled step for all sizes."""
+
+    def __init__(self) -> None:
+        super().__init__(StrictKnobs(delay=0.0, compile_steps=True, step_sizes="any"))
+
+
 class LargeBlocksPlatform(StrictPlatform):
     """No bug: its blocks cannot be small."""
 
@@ -188,6 +195,15 @@ class StaleMetadataPlatform(CompiledPlatform):
             return step(first[0], num_tokens)
 
         return replay
+
+
+class LargestStepPlatform(AnySizePlatform):
+    """However many tokens a step has, the largest is computed: behind its tokens stand those of
+    steps past, which are written to their slots once more."""
+
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        step = interpret(graph)
+        return lambda metadata, num_tokens: step(metadata, limits.max_tokens or num_tokens)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -480,6 +496,7 @@ BUGS: Mapping[str, tuple[str, str]] = {
     "StaleTablesPlatform": ("L3", "models"),
     "FewSequencesPlatform": ("L3", "batches"),
     "StaleMetadataPlatform": ("L3", "models"),
+    "LargestStepPlatform": ("L3", "models"),
     "LongDecodePlatform": ("L3", "step_limits"),
     "TablesByFirstBlockPlatform": ("L3", "prefix_cache"),
     "RoundsWidePlatform": ("L3", "logprobs"),

@@ -113,6 +113,14 @@ class UnknownDtype(Quick):
         return dataclasses.replace(super().capabilities(device), dtypes={"float23": "native"})
 
 
+@bug("L0/capabilities")
+class UnknownStepSizes(Quick):
+    """Compiled steps of sizes that nobody asks for."""
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(super().capabilities(device), step_sizes="powers of two")
+
+
 @bug("L0/device/open")
 class OpensAnything(Quick):
     """A device that does not exist is opened as the first one."""

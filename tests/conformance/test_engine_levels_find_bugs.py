@@ -33,6 +33,7 @@ SLOW = (
     "KeepsItsContextPlatform",
     "StaleTablesPlatform",
     "StaleMetadataPlatform",
+    "LargestStepPlatform",
     "ThreadsStayPlatform",
     "LosesMemoryPlatform",
 )
@@ -126,6 +127,7 @@ def test_no_level_of_parts_fails(name: str) -> None:
         "cpu",
         "strict",
         "buggy_engine_platforms:CompiledPlatform",
+        "buggy_engine_platforms:AnySizePlatform",
         "buggy_engine_platforms:LargeBlocksPlatform",
         "buggy_engine_platforms:AlignedPlatform",
     ],

@@ -434,7 +434,7 @@ def test_a_trace_lets_go_of_what_the_decoder_lets_go_of() -> None:
     """Intermediate tensors of a long step are large; their addresses come again and again."""
     tracer, alive, most = StepTracer(), weakref.WeakSet[Tensor](), []
 
-    def double(x: Tensor) -> Tensor:
+    def double(x: Tensor, _: int) -> Tensor:
         made = x * 2
         alive.add(made)
         most.append(len(alive))
@@ -443,15 +443,48 @@ def test_a_trace_lets_go_of_what_the_decoder_lets_go_of() -> None:
     class Long(Toy):
         def forward(self) -> Tensor:
             step = tracer.wrap("rms_norm", double)
-            hidden = step(self.ids)
-            for _ in range(19):
-                hidden = step(hidden.view(2, 2).view(4))
+            hidden = step(self.ids, 0)
+            for i in range(1, 20):  # the number makes each call another: none is computed already
+                hidden = step(hidden.view(2, 2).view(4), i)
             return hidden
 
     graph = tracer.trace(Long(tracer, lambda x: x))  # type: ignore[arg-type]
     assert max(most) <= 2 and len(most) == 20
     assert [n.arguments[0] for n in graph.nodes[1:]] == [Value(i) for i in range(19)]
     assert interpret(graph)([], 4).tolist() == [2.0**20 * x for x in (1, 2, 3, 4)]
+
+
+def test_what_repeats_is_traced_and_not_computed() -> None:
+    """By the arguments: shapes, numbers, packed weights. What works in place is computed always."""
+    calls: list[Any] = []
+
+    def split(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        calls.append(rest)
+        return (x * 2).t(), x[0] + 1
+
+    def in_place(x: Tensor, y: Tensor) -> Tensor:
+        calls.append("in place")
+        return x.add_(y)
+
+    weights = [PackedWeight("own", (size, 2), (object(),)) for size in (4, 4, 4, 6)]
+
+    class Repeating(Toy):
+        def forward(self) -> Tensor:
+            hidden = tracer.wrap("embed", lambda ids: ids.view(2, 2) * 1)(self.ids)
+            for weight in weights:
+                hidden, row = tracer.wrap("linear", split)(hidden, weight, 1.0)
+                hidden = self.in_place(hidden, row)
+            return hidden
+
+    tracer = StepTracer()
+    toy = Repeating(tracer, lambda x: x)
+    toy.in_place = tracer.wrap("add", in_place)
+    graph = tracer.trace(toy)  # type: ignore[arg-type]
+    made = [call if call == "in place" else call[0].shape[0] for call in calls]
+    # the first product is transposed, the second that transposed again, the third like the first
+    assert made == [4, "in place", 4, "in place", "in place", 6, "in place"]
+    assert [n.op for n in graph.nodes] == ["embed", *["linear", "add"] * 4]
+    assert interpret(graph)([], 4).equal(toy.forward())
 
 
 def test_traced_attention_passes_on_all_of_the_contract() -> None:
