@@ -56,14 +56,23 @@ class NativeOp(OpImpl):
             return Support.no(f"no kernel for {sig.dtype}")
         return Support.yes(f"own kernel, {library().isa}")
 
+    def kernel_of(self, args: Sequence[Any]) -> str:
+        """The kernel for these arguments."""
+        return self.kernel
+
+    def dtype_of(self, args: Sequence[Any]) -> torch.dtype:
+        """The element type that the kernel works in; `args`: tensors or operands."""
+        dtype: torch.dtype = args[self.tensors[0]].dtype
+        return dtype
+
     @abstractmethod
     def outputs(self, args: Sequence[Any]) -> Sequence[Output]:
         """What the op makes of these arguments, contiguous each."""
 
     @abstractmethod
     def fill(self, call: Call, out: Sequence[Operand], args: Sequence[Any]) -> None:
-        """Complete `call`, which has the kernel, the element type of the first tensor and the
-        number of rows. `args`: the op's own, operands in place of `tensors`."""
+        """Complete `call`, which has the kernel, the element type and the number of rows. `args`:
+        the op's own, operands in place of `tensors`."""
 
     def __call__(self, *args: Any) -> Any:
         made = [torch.empty(shape, dtype=dtype) for shape, dtype in self.outputs(args)]
@@ -72,9 +81,9 @@ class NativeOp(OpImpl):
             if not Operand.of(args[index]).inner_is_contiguous:
                 args = (*args[:index], args[index].contiguous(), *args[index + 1 :])
             given[index] = Operand.of(args[index])
-        first: Tensor = args[self.tensors[0]]
         native = library()
-        call = native.call(self.kernel, first.dtype, rows=len(first))
+        rows = len(args[self.tensors[0]])
+        call = native.call(self.kernel_of(args), self.dtype_of(args), rows)
         self.fill(call, [Operand.of(tensor) for tensor in made], given)
         native.run_one(call)
         return tuple(made) if len(made) > 1 else made[0]
