@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..platforms.attention_reference import attend
+from ..platforms.attention_reference import attend, quantize_vectors
 from ..platforms.interface import (
     AttentionBatch,
     AttentionImpl,
@@ -24,6 +24,23 @@ from .lab import Guarded, on_device
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Of attention, relative and absolute, by the dtype of the queries."""
+
+QUANTIZED = 3e-2
+"""Of attention over a quantized cache: what its scales are is the implementation's own matter."""
+
+
+def tolerance_of(spec: AttentionSpec) -> float:
+    exact = TOLERANCE[spec.dtype]
+    return exact if spec.kv_dtype.is_floating_point else max(exact, QUANTIZED)
+
+
+def as_kept(vectors: Tensor, spec: AttentionSpec) -> Tensor:
+    """What a cache of `spec` gives back of `[tokens, kv_heads, head_dim]`."""
+    if spec.kv_dtype.is_floating_point:
+        return vectors.to(spec.kv_dtype).to(spec.dtype)
+    codes, scales = quantize_vectors(vectors)
+    return codes.float() * scales.unsqueeze(-1)
+
 
 CAPACITY = 3000  # tokens of all sequences of a program
 
@@ -229,7 +246,7 @@ class Program:
             table[at // spec.block_size] * spec.block_size + at % spec.block_size
             for at in range(start, end)
         ]
-        rounded = [tensor.to(spec.kv_dtype).to(spec.dtype) for tensor in new]
+        rounded = [as_kept(tensor, spec) for tensor in new]
         self.keys[sequence] = torch.cat((old, rounded[0]))
         self.values[sequence] = torch.cat((self.values.get(sequence, old), rounded[1]))
         return slots, new[0], new[1]

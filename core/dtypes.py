@@ -63,9 +63,11 @@ def choose_kv_dtype(
     """The asked element type of the KV cache, or for `auto` the model's own."""
     name = dtype_name(dtype) if asked == "auto" else asked
     known = capabilities.kv_dtypes
-    if known and name not in known:
+    # One that names none keeps what it computes in; a quantized cache must be named.
+    if name not in known and (known or name == "int8"):
+        has = ", ".join(known or capabilities.dtypes)
         raise ConfigError(
-            f"Platform {platform!r} keeps no {name} KV cache; it keeps {', '.join(known)}.",
+            f"Platform {platform!r} keeps no {name} KV cache; it keeps {has}.",
             param="kv_cache_dtype",
         )
     return dtype_of(name)

@@ -45,10 +45,22 @@ def visible(queries: int, keys: int, spec: AttentionSpec, device: torch.device) 
     return seen if spec.sliding_window is None else seen & (distance < spec.sliding_window)
 
 
+def quantize_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """`[..., head_dim]` -> int8 codes of that shape and fp32 scales `[...]`, max|x| / 127 of each
+    vector (one token's key or value in one head); a value is code * scale. Vectors that are not
+    finite have a scale of NaN, so that what was not a number does not become one."""
+    wide = vectors.float()
+    scales = wide.abs().amax(dim=-1) / 127
+    divisor = torch.where(scales > 0, scales, 1.0).unsqueeze(-1)
+    codes = (wide / divisor).round().clamp(-127, 127).nan_to_num().to(torch.int8)
+    return codes, torch.where(scales.isfinite(), scales, torch.nan)
+
+
 class ReferenceAttention(AttentionImpl):
     """The oracle. Its cache is one tensor `[blocks, 2, kv_heads, block_size, head_dim]` (keys,
     then values): on purpose not the layout of other implementations, so that shared code which
-    assumes one is found out."""
+    assumes one is found out. A cache in int8 has the scales of `quantize_vectors` in a second one,
+    `[blocks, 2, kv_heads, block_size]`."""
 
     name = "reference"
     priority = -100
@@ -59,23 +71,28 @@ class ReferenceAttention(AttentionImpl):
 
     def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
         shape = (num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim)
-        cache = device.alloc_kv(shape, spec.kv_dtype)
-        size = self.block_bytes(spec)
-        return LayerKV((cache,), (KVRegion(cache, size, size),))
+        tensors = [device.alloc_kv(shape, spec.kv_dtype)]
+        if spec.kv_dtype == torch.int8:
+            tensors.append(device.alloc_kv(shape[:-1], torch.float32))
+        sizes = [tensor[0].numel() * tensor.element_size() for tensor in tensors]
+        regions = [KVRegion(one, size, size) for one, size in zip(tensors, sizes, strict=True)]
+        return LayerKV(tuple(tensors), tuple(regions))
 
     def block_bytes(self, spec: AttentionSpec) -> int:
-        elements = 2 * spec.num_kv_heads * spec.block_size * spec.head_dim
-        return elements * spec.kv_dtype.itemsize
+        vector = spec.head_dim * spec.kv_dtype.itemsize
+        if spec.kv_dtype == torch.int8:
+            vector += torch.float32.itemsize
+        return 2 * spec.num_kv_heads * spec.block_size * vector
 
     def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> AttentionBatch:
         return batch
 
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
-        (cache,) = kv.tensors
-        slots = slots.long()
-        block, offset = slots // cache.shape[3], slots % cache.shape[3]
-        cache[block, 0, :, offset] = key.to(cache.dtype)
-        cache[block, 1, :, offset] = value.to(cache.dtype)
+        size = kv.tensors[0].shape[3]
+        block, offset = slots.long() // size, slots.long() % size
+        for which, new in enumerate((key, value)):
+            for tensor, part in zip(kv.tensors, _stored(new, kv), strict=True):
+                tensor[block, which, :, offset] = part
 
     def run(
         self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: AttentionBatch
@@ -88,17 +105,33 @@ class ReferenceAttention(AttentionImpl):
             first = _first_key(spec, length, end - start)
             at = torch.arange(first, length, device=query.device)
             blocks = metadata.block_tables[i].long()[at // spec.block_size]
-            both = kv.tensors[0][blocks, :, :, at % spec.block_size]  # [keys, 2, kv_heads, dim]
+            found = [tensor[blocks, :, :, at % spec.block_size] for tensor in kv.tensors]
+            both = _values(*found)  # [keys, 2, kv_heads, head_dim]
             output[start:end] = attend(query[start:end], both[:, 0], both[:, 1], spec)
         return output
 
     def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
-        return kv.tensors[0][blocks].permute(1, 0, 3, 2, 4).contiguous()
+        found = _values(*(tensor[blocks] for tensor in kv.tensors))
+        return found.permute(1, 0, 3, 2, 4).contiguous()
 
     def import_blocks(
         self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
     ) -> None:
-        kv.tensors[0][blocks] = canonical.permute(1, 0, 3, 2, 4)
+        new = canonical.permute(1, 0, 3, 2, 4)
+        for tensor, part in zip(kv.tensors, _stored(new, kv), strict=True):
+            tensor[blocks] = part
+
+
+def _stored(vectors: Tensor, kv: LayerKV) -> tuple[Tensor, ...]:
+    """What each of the cache's tensors keeps of `[..., head_dim]`."""
+    if len(kv.tensors) == 1:
+        return (vectors.to(kv.tensors[0].dtype),)
+    return quantize_vectors(vectors)
+
+
+def _values(codes: Tensor, scales: Tensor | None = None) -> Tensor:
+    """What was stored, `[..., head_dim]`; in fp32 where it was quantized."""
+    return codes if scales is None else codes.float() * scales.unsqueeze(-1)
 
 
 def _first_key(spec: AttentionSpec, length: int, queries: int) -> int:

@@ -35,6 +35,8 @@ class TorchPagedAttention(AttentionImpl):
     def supports(self, spec: AttentionSpec) -> Support:
         if spec.num_heads % spec.num_kv_heads:
             return Support.no(f"{spec.num_heads} heads over {spec.num_kv_heads} KV heads")
+        if not spec.kv_dtype.is_floating_point:
+            return Support.no("it keeps no quantized cache")
         return Support.yes("padded torch calls")
 
     def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:

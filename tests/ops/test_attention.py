@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimaran.conformance.paged import TOLERANCE, Program, random_actions
 from trimaran.platforms import attention_plan, attention_torch
-from trimaran.platforms.attention_reference import ReferenceAttention
+from trimaran.platforms.attention_reference import ReferenceAttention, quantize_vectors
 from trimaran.platforms.attention_torch import TorchPagedAttention
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import AttentionBatch, AttentionImpl, AttentionSpec
@@ -160,6 +160,58 @@ def test_a_sequence_does_not_depend_on_its_batch_beyond_rounding() -> None:
     found, expected = outcome(program, [(0, 1), (1, 1), (2, 1)])
     assert found[1].isnan().all()
     check(BASE, found[[0, 2]], expected[[0, 2]])
+
+
+INT8 = dataclasses.replace(BASE, kv_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("changes", [{}, {"sliding_window": 9, "block_size": 7}], ids=str)
+def test_the_reference_keeps_a_cache_in_int8(changes: dict[str, Any]) -> None:
+    """Exactly the attention over what scales of max|x| / 127 make of keys and values."""
+    spec = dataclasses.replace(INT8, **changes)
+    program = Program(spec, ReferenceAttention(), HostDevice(), 3)
+    for action in random_actions(3, 14):
+        if (step := program.act(action)) is not None:
+            assert not step.touched
+            check(spec, step.found, step.expected)
+    found, expected = run_step(spec, ReferenceAttention(), STEPS["mixed"])
+    check(spec, found, expected)
+    exact, _ = run_step(
+        dataclasses.replace(spec, kv_dtype=torch.float32), ReferenceAttention(), STEPS["mixed"]
+    )
+    assert 1e-4 < (found - exact).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_none_in_int8(value: float) -> None:
+    vectors = torch.randn(3, 2, 8)
+    vectors[1, 0, 5] = value
+    codes, scales = quantize_vectors(vectors)
+    values = codes.float() * scales.unsqueeze(-1)
+    assert values[1, 0].isnan().all() and values.isnan().sum() == 8
+    zero, none = quantize_vectors(torch.zeros(2, 4))
+    assert not zero.any() and not none.any()
+
+
+def test_blocks_of_an_int8_cache_travel_as_fp32() -> None:
+    program = Program(INT8, ReferenceAttention(), HostDevice())
+    program.extend(0, 40)
+    blocks = torch.tensor(program.tables[0])
+    impl, kv = program.impl, program.kv
+    assert len(kv.regions) == 2
+    assert sum(region.bytes for region in kv.regions) == impl.block_bytes(INT8) == 2 * 2 * 16 * 68
+    canonical = impl.export_blocks(kv, INT8, blocks)
+    assert canonical.dtype == torch.float32 and canonical.shape == (2, 3, 16, 2, 64)
+    torch.testing.assert_close(canonical[0].flatten(0, 1)[:40], program.keys[0])
+    other = impl.alloc(HostDevice(), INT8, 9)
+    impl.import_blocks(other, INT8, torch.tensor([7, 2, 5]), canonical.nan_to_num())
+    again = impl.export_blocks(other, INT8, torch.tensor([7, 2, 5]))
+    torch.testing.assert_close(again, canonical.nan_to_num(), rtol=1e-6, atol=0)
+
+
+def test_padded_torch_calls_refuse_a_quantized_cache() -> None:
+    support = TorchPagedAttention().supports(INT8)
+    assert not support and "quantized" in support.reason
 
 
 def num_groups(lengths: list[int]) -> int:
