@@ -26,7 +26,7 @@ def bindings_of(platform: Platform, args: EngineArgs) -> list[Binding]:
     dtype = choose_dtype(args.dtype, hf_config, known, name)
     kv_dtype = choose_kv_dtype(args.kv_cache_dtype, dtype, known, name)
     device: Any = ShapesOnly()
-    binder = OpBinder(platform, device)
+    binder = OpBinder(platform, device, quantization=args.quantization)
     groups = []
     sizes = measure_groups(
         platform, spec, dtype=dtype, kv_dtype=kv_dtype, block_size=args.block_size, ranks=1

@@ -14,7 +14,15 @@ from .flags import add_flags, build, number
 from .serve import add_model, take_model
 
 # What decides between implementations.
-SHOWN = ("platform", "dtype", "kv_cache_dtype", "block_size", "revision", "hf_overrides")
+SHOWN = (
+    "platform",
+    "dtype",
+    "kv_cache_dtype",
+    "quantization",
+    "block_size",
+    "revision",
+    "hf_overrides",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,9 +109,13 @@ def _ops(platform: Any, args: EngineArgs) -> list[dict[str, Any]]:
 
 
 def _signature(signature: Any) -> dict[str, Any]:
+    from ..platforms.interface import DENSE
+
     values = {field.name: getattr(signature, field.name) for field in dataclasses.fields(signature)}
     sizes = values.pop("sizes", {})
     values.pop("op", None)
+    if values.get("weight_format") == DENSE:
+        del values["weight_format"]
     plain = (int, float, bool, str, type(None))
     return {
         name: value if isinstance(value, plain) else str(value).removeprefix("torch.")

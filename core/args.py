@@ -15,6 +15,8 @@ from .errors import ConfigError
 DEFAULT_MODEL = "default"
 # Fields that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
 SIZE_FIELDS = ("max_model_len", "kv_cache_memory_bytes")
+# Formats that weights are quantized to at load.
+QUANTIZATIONS = ("int8", "int4")
 # Numbers of an engine that mean nothing below one.
 AT_LEAST_ONE = (
     "num_threads",
@@ -79,6 +81,12 @@ class EngineArgs:
         None, "Longest sequence in tokens (8k is 8000, 8K is 8192; `auto` fits memory)."
     )
     load_format: str = option("auto", "`safetensors`, or `dummy` for random weights.")
+    quantization: str | None = option(
+        None,
+        "Quantize the weights of linear layers at load: `int8` by output, `int4` by groups of up "
+        "to 128 inputs (the head in int8). Left out: they stay as they are.",
+        choices=QUANTIZATIONS,
+    )
     served_model_name: list[str] = option([], "Names the server answers to (repeatable).")
     generation_config: str = option(
         "auto", "`auto` (the model's), a directory, or `none` for the neutral defaults."
@@ -102,7 +110,9 @@ class EngineArgs:
         None, "KV cache size in bytes (k, m, g: 1000s; K, M, G: 1024s)."
     )
     kv_cache_dtype: str = option(
-        "auto", "KV cache element type.", choices=("auto", "bfloat16", "float16", "float32")
+        "auto",
+        "KV cache element type (`int8`: quantized, where the platform keeps such a cache).",
+        choices=("auto", "bfloat16", "float16", "float32", "int8"),
     )
     block_size: int | None = option(None, "Tokens a KV block (the platform's choice).")
     num_gpu_blocks_override: int | None = option(None, "Exact number of KV blocks.")
@@ -139,6 +149,12 @@ class EngineArgs:
         for name in SIZE_FIELDS:
             if isinstance(getattr(self, name), int):
                 object.__setattr__(self, name, str(getattr(self, name)))
+        if self.quantization not in (None, *QUANTIZATIONS):
+            raise ConfigError(
+                f"quantization is {self.quantization!r}; it must be {' or '.join(QUANTIZATIONS)}, "
+                "or be left out.",
+                param="quantization",
+            )
         self._check_numbers()
 
     def _check_numbers(self) -> None:

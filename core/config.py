@@ -33,7 +33,8 @@ __all__ = [
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The model to run. `hf_config` is config.json after overrides; `generation` holds the
-    sampling defaults of generation_config.json; `eos_token_ids` end a sequence."""
+    sampling defaults of generation_config.json; `eos_token_ids` end a sequence; `quantization`:
+    what weights become at load (None: nothing)."""
 
     path: Path
     name: str
@@ -45,6 +46,7 @@ class ModelSpec:
     generation: dict[str, Any]
     eos_token_ids: tuple[int, ...]
     load_format: str
+    quantization: str | None = None
     seed: int
     max_logprobs: int
     logprobs_mode: str

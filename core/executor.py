@@ -60,7 +60,10 @@ class Rank:
             undo.callback(self.comm.close)
             self._tracer = step_tracer(platform, self.device.index, config.scheduler, group.size)
             self.binder = OpBinder(
-                platform, self.device, self._tracer.wrap if self._tracer else None
+                platform,
+                self.device,
+                self._tracer.wrap if self._tracer else None,
+                config.model.quantization,
             )
             try:
                 self.runner = self._build(config)

@@ -29,6 +29,8 @@ from ..platforms.interface import (
 )
 from ..platforms.ops import DENSE, OPS, DensePacker, chain
 from .errors import PlatformError
+from .quantization.codes import quantize, round_trip
+from .quantization.scheme import PLAIN, WeightScheme, choose_scheme
 
 logger = logging.getLogger("trimaran.ops")
 
@@ -63,11 +65,18 @@ class OpBinder:
     """Binds ops for one platform. Equal signatures are bound once."""
 
     def __init__(
-        self, platform: Platform, device: Device | None = None, wrap: Wrap | None = None
+        self,
+        platform: Platform,
+        device: Device | None = None,
+        wrap: Wrap | None = None,
+        quantization: str | None = None,
     ) -> None:
         """`device` is where bound ops will run; sizing a cache needs none. `wrap`: see
-        `models.trace`."""
+        `models.trace`. `quantization`: of the weights of linear layers, see `scheme`."""
         self.platform = platform
+        self.quantization = quantization
+        self.remarks: dict[str, int] = {}
+        """What a user should know of the choices → its level in the log."""
         self._device = device
         self._wrap = wrap
         self._impls = platform.ops()
@@ -83,27 +92,36 @@ class OpBinder:
             raise PlatformError("This binder was opened without a device: it can only size.")
         return self._device
 
-    def bind(self, op: str, dtype: torch.dtype, **sizes: int) -> Callable[..., Any]:
+    def bind(
+        self, op: str, dtype: torch.dtype, weight_format: str = DENSE, /, **sizes: int
+    ) -> Callable[..., Any]:
         """The callable for `op` with `dtype` operands and these static sizes."""
-        key = (op, dtype, *sorted(sizes.items()))
+        key = (op, dtype, weight_format, *sorted(sizes.items()))
         if key not in self._bound:
-            chosen = self._choose(OpSignature(op, dtype, sizes))
+            chosen = self._choose(OpSignature(op, dtype, sizes, weight_format))
             self._bound[key] = self._wrap(op, chosen) if self._wrap else chosen
         return self._bound[key]
 
     def bind_chain(
-        self, dtype: torch.dtype, *parts: tuple[str, Mapping[str, int]]
+        self,
+        dtype: torch.dtype,
+        *parts: tuple[str, Mapping[str, int]],
+        weight_format: str = DENSE,
     ) -> Callable[..., Any]:
         """The callable for a chain of ops, each with its sizes: the platform's own fusion of them
         where it has one for these sizes, else the bound ops one after the other (`ops.chain`)."""
         composition = tuple(op for op, _ in parts)
         sizes = {name: size for _, own in parts for name, size in own.items()}
-        signature = OpSignature("+".join(composition), dtype, sizes)
-        key = (signature.op, dtype, *sorted(sizes.items()))
+        signature = OpSignature("+".join(composition), dtype, sizes, weight_format)
+        key = (signature.op, dtype, weight_format, *sorted(sizes.items()))
         if key not in self._bound:
             chosen = self._fused(signature, composition)
             if chosen is None:
-                calls = [self.bind(op, dtype, **own) for op, own in parts]
+                formats = [weight_format if op == "linear" else DENSE for op, _ in parts]
+                calls = [
+                    self.bind(op, dtype, format, **own)
+                    for (op, own), format in zip(parts, formats, strict=True)
+                ]
                 self._bound[key] = chain(composition, calls)
             else:
                 self._bound[key] = self._wrap(signature.op, chosen) if self._wrap else chosen
@@ -137,21 +155,89 @@ class OpBinder:
             self._attention[spec] = chosen
         return self._attention[spec]
 
+    def scheme(self, in_features: int, *, head: bool = False) -> WeightScheme:
+        """How the weight of a linear layer with so many inputs on this rank is quantized."""
+        scheme, reason = choose_scheme(self.quantization, in_features, head=head)
+        if reason:
+            self.remark(reason, logging.INFO)
+        return scheme
+
+    def weight_format(
+        self, scheme: WeightScheme, dtype: torch.dtype, shape: tuple[int, int]
+    ) -> str:
+        """What a linear layer `[out, in]` reads: the scheme's format, or dense weights where the
+        platform has no packer or no `linear` for it."""
+        wanted, (out_features, in_features) = scheme.format, shape
+        if wanted == DENSE:
+            return DENSE
+        reason = f"no packer for {wanted}"
+        if wanted in self._packers:
+            sizes = {"in_features": in_features, "out_features": out_features}
+            signature = OpSignature("linear", dtype, sizes, wanted)
+            chosen, refused = _first_supporting(
+                self._impls.get("linear", ()), lambda impl: impl.supports(signature)
+            )
+            if chosen is not None:
+                return wanted
+            reason = "; ".join(f"{r.name}: {r.reason}" for r in refused) or "no linear of its own"
+        self.remark(
+            f"platform {self.platform.name!r} does not multiply by {wanted} weights ({reason}): "
+            "they are turned back into dense ones after they were quantized, with the same values "
+            "and no memory saved",
+            logging.WARNING,
+        )
+        return DENSE
+
+    def remark(self, text: str, level: int) -> None:
+        """Say it once; a binder that only sizes keeps it to itself."""
+        if text not in self.remarks:
+            self.remarks[text] = level
+            if self._device is not None:
+                logger.log(level, "%s", text)
+
     def packer(
-        self, dtype: torch.dtype, shape: tuple[int, int], reader: Any = None
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        reader: Any = None,
+        weight_format: str = DENSE,
     ) -> WeightPacker:
         """Who lays out a linear layer's weight `[out, in]` for `reader`, what reads it (None: the
         `linear` that such a weight is bound to). The torch reference reads the plain tensor."""
+        if weight_format != DENSE:
+            return self._packers[weight_format]
         out_features, in_features = shape
         linear = self.bind("linear", dtype, in_features=in_features, out_features=out_features)
         packed = any(isinstance(inspect.unwrap(one), OpImpl) for one in (linear, reader) if one)
         return self._packers.get(DENSE, DensePacker()) if packed else DensePacker()
 
-    def pack(self, weight: Tensor, reader: Any = None) -> PackedWeight:
-        """The weight `[out, in]` as `packer` lays it out; what it holds beside the device's own
-        allocations is entered into the device's accounts."""
+    def pack(
+        self,
+        weight: Tensor,
+        reader: Any = None,
+        scheme: WeightScheme = PLAIN,
+        *,
+        largest: Tensor | None = None,
+        shared: bool = False,
+    ) -> PackedWeight:
+        """The weight `[out, in]`, quantized by `scheme`, as `packer` lays it out; what it holds
+        beside the device's own allocations is entered into the device's accounts. `largest`: the
+        largest magnitudes of the rows that its rows are parts of. `shared`: the weight serves
+        others too and is left as it is. Raises NotFiniteError for what has no codes."""
         shape = (weight.shape[0], weight.shape[1])
-        packed = self.packer(weight.dtype, shape, reader).pack({"weight": weight}, shape)
+        format = self.weight_format(scheme, weight.dtype, shape)
+        tensors = {"weight": weight}
+        if format != DENSE:
+            tensors = {
+                name: self.device.alloc(kind.shape, kind.dtype, tag="weights")
+                for name, kind in scheme.tensors(shape).items()
+            }
+            quantize(weight, scheme, tensors, largest)
+        elif scheme != PLAIN:
+            if shared:
+                tensors["weight"] = self.device.alloc(shape, weight.dtype, tag="weights")
+            round_trip(weight, scheme, tensors["weight"], largest)
+        packed = self.packer(weight.dtype, shape, reader, format).pack(tensors, shape)
         if packed.extra_bytes:
             self.device.account(packed, packed.extra_bytes, tag="weights")
         return packed

@@ -139,6 +139,7 @@ class _Resolution:
             generation=generation,
             eos_token_ids=eos_ids,
             load_format=args.load_format,
+            quantization=args.quantization,
             seed=args.seed,
             max_logprobs=args.max_logprobs,
             logprobs_mode=args.logprobs_mode,
@@ -271,7 +272,7 @@ class _Resolution:
         )
         memory = rank_memory(
             self._spec,
-            OpBinder(self._platform),
+            OpBinder(self._platform, quantization=self._args.quantization),
             groups,
             dtype=dtype,
             ranks=self._ranks,

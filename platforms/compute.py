@@ -21,15 +21,30 @@ if TYPE_CHECKING:
 DENSE = "dense"
 """Format of a weight left as it is: `tensors[0]` is `[out_features, in_features]`."""
 
+INT8 = "int8"
+"""Format of a weight in 8 bits, symmetric, with a scale for each output: `codes` int8 `[out, in]`
+in [-127, 127] and `scales` fp32 `[out]`; a value is code * scale. A row of zeros has scale 0."""
+
+INT4 = "int4"
+"""Format of a weight in 4 bits, with a scale and a zero for each group of inputs: `codes` uint8
+`[out, in]` in 0..15 (one a byte), `scales` fp32 and `zeros` uint8 `[out, in / group]`; a value is
+(code - zero) * scale. Weights quantized at load have groups of `ops.int4_group(in)`."""
+
+INT4_GROUPS = (128, 64, 32)
+"""Inputs in a group of int4 weights quantized at load: the first of these that divides them."""
+
 
 @dataclass(frozen=True, slots=True)
 class OpSignature:
     """What is known of an op's use when the model is built: dtype and the static sizes
-    (`in_features`, `out_features`, `head_dim`…), by which an implementation accepts or refuses."""
+    (`in_features`, `out_features`, `head_dim`…), by which an implementation accepts or refuses.
+    `weight_format`: the canonical form that a linear layer's weight was packed from; other than
+    dense only where the platform has a packer for it."""
 
     op: str
     dtype: torch.dtype
     sizes: Mapping[str, int] = field(default_factory=dict)
+    weight_format: str = DENSE
 
 
 class OpImpl(Contract):
@@ -66,7 +81,9 @@ class Fusion:
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """One layer's attention. `scale` multiplies q·k; `sliding_window` counts the keys a query
-    sees, itself included (None: all); `softcap` 0 is none."""
+    sees, itself included (None: all); `softcap` 0 is none. `kv_dtype` int8 is a quantized cache,
+    whose scales are the implementation's own matter: `block_bytes` and the regions hold them too.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -153,13 +170,15 @@ class AttentionImpl(Contract):
     @abstractmethod
     def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
         """The blocks (ids, int64 `[n]`, on the device) in the canonical form, a new tensor
-        `[2, n, block_size, kv_heads, head_dim]`, keys first, in `spec.kv_dtype`."""
+        `[2, n, block_size, kv_heads, head_dim]`, keys first, in `spec.kv_dtype`; of a quantized
+        cache the values that its codes stand for, in fp32."""
 
     @abstractmethod
     def import_blocks(
         self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
     ) -> None:
-        """Overwrite the blocks with what `export_blocks` gave, here or on another platform."""
+        """Overwrite the blocks with what `export_blocks` gave, here or on another platform; what
+        is quantized again may be off by a rounding of fp32."""
 
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
@@ -176,8 +195,9 @@ class PackedWeight:
 
 
 class WeightPacker(Contract):
-    """Turns canonical tensors (for `dense`: `weight`, `[out, in]`) into a layout that every
-    `linear` of the same platform reads. `format` names the canonical form it takes."""
+    """Turns canonical tensors (for `dense`: `weight`, `[out, in]`; for quantized weights what
+    their format names) into a layout that every `linear` of the same platform reads which supports
+    that `OpSignature.weight_format`. `format` names the canonical form it takes."""
 
     format: str
 
@@ -186,7 +206,8 @@ class WeightPacker(Contract):
 
     def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int | None:
         """What a weight `[out, in]` of `dtype` takes once packed; None: it is kept as it is, so
-        that a table which serves twice (tied embeddings) is held once."""
+        that a table which serves twice (tied embeddings) is held once. Of a quantized format
+        `dtype` is what the layer computes in."""
         return None
 
 

@@ -66,13 +66,14 @@ StepSizes = Literal["buckets", "any"]
 class Capabilities:
     """Named facts about a device, instead of questions about its vendor.
 
-    `dtypes`, `kv_dtypes`: torch's names (`bfloat16`). `fp8`: which float8 encoding the matrix
-    units read (OCP's e4m3fn, or the FNUZ variant), None where they read none. `run_ahead`: how many
-    steps the engine may have in flight beyond the one whose result it waits for, 0 where a launch
-    returns when its work is done. `unified_memory`: the device shares the host's memory.
-    `compiles_steps`: `Platform.build_step` is to be asked. `step_sizes`: what one compiled step
-    serves, the number of tokens of its graph alone, so that there is one for each token bucket, or
-    any number of tokens, so that there is one for all.
+    `dtypes`, `kv_dtypes`: torch's names (`bfloat16`; `int8` is a quantized cache).
+    `weight_formats`: those of `Platform.weight_packers`, and `dense`. `fp8`: which float8 encoding
+    the matrix units read (OCP's e4m3fn, or the FNUZ variant), None where they read none.
+    `run_ahead`: how many steps the engine may have in flight beyond the one whose result it waits
+    for, 0 where a launch returns when its work is done. `unified_memory`: the device shares the
+    host's memory. `compiles_steps`: `Platform.build_step` is to be asked. `step_sizes`: what one
+    compiled step serves, the number of tokens of its graph alone, so that there is one for each
+    token bucket, or any number of tokens, so that there is one for all.
     """
 
     dtypes: Mapping[str, Precision]

@@ -25,6 +25,9 @@ from .api import (
 )
 from .compute import (
     DENSE,
+    INT4,
+    INT4_GROUPS,
+    INT8,
     AttentionBatch,
     AttentionImpl,
     AttentionSpec,
@@ -65,6 +68,9 @@ from .facts import (
 
 __all__ = [
     "DENSE",
+    "INT4",
+    "INT4_GROUPS",
+    "INT8",
     "PLATFORM_API",
     "ApiRange",
     "AttentionBatch",
@@ -294,6 +300,8 @@ class Platform(Contract):
         """Candidates; the core asks each `supports(spec)` and takes the highest priority."""
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
+        """By the format they take. Weights of a format that is not here, or that no `linear`
+        supports, are turned back into dense ones: right, and no smaller."""
         return {}
 
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .interface import DENSE as DENSE
-from .interface import OpImpl, OpSignature, PackedWeight, Support, WeightPacker
+from .interface import INT4_GROUPS, OpImpl, OpSignature, PackedWeight, Support, WeightPacker
 
 
 class Tolerance(NamedTuple):
@@ -104,10 +104,22 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x `[tokens, in]`, dense weight `[out, in]`, bias `[out]` -> x @ weight^T + bias."""
+    """x `[tokens, in]`, dense weight `[out, in]`, bias `[out]` -> x @ weight^T + bias.
+
+    By a quantized weight an implementation multiplies what its codes stand for. It may round x to
+    int8 as well, per token (W8A8, W4A8): then it is off by `activation_rounding` besides.
+    """
     if weight.format != DENSE:
         raise ValueError(f"The reference of `linear` reads dense weights, not {weight.format!r}.")
     return F.linear(x, weight.tensors[0], bias)
+
+
+def activation_rounding(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[tokens, in]`, weight `[out, in]` -> fp32 `[tokens, out]`: the most that x @ weight^T is
+    off by when each token is rounded to int8 with the scale max|x| / 127: half a step for each
+    input."""
+    half_step = x.float().abs().amax(dim=-1, keepdim=True) / 254
+    return half_step * weight.float().abs().sum(dim=-1)
 
 
 def rope(query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,10 +241,17 @@ class ReferenceOp(OpImpl):
         self._reference = spec.reference
 
     def supports(self, sig: OpSignature) -> Support:
+        if sig.weight_format != DENSE:
+            return Support.no("the reference reads dense weights")
         return Support.yes("plain torch")
 
     def __call__(self, *args: Any) -> Any:
         return self._reference(*args)
+
+
+def int4_group(in_features: int) -> int | None:
+    """Inputs that share a scale in int4 weights quantized at load; None: they are kept in int8."""
+    return next((group for group in INT4_GROUPS if in_features % group == 0), None)
 
 
 class DensePacker(WeightPacker):

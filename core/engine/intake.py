@@ -216,6 +216,7 @@ class Intake:
         return prefix_root(
             model=str(self._model.path),
             kv_dtype=self.info.kv_dtype,
+            numerics=self._model.quantization or "default",
             key_id=key_id,
             server_secret=self._secret,
             cache_salt=cache_salt,

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...platforms.interface import Communicator, LayerKV, PackedWeight
+from ...platforms.interface import DENSE, INT8, Communicator, LayerKV, PackedWeight
+from ..errors import ModelLoadError
 from ..ops import OpBinder
+from ..quantization.codes import NotFiniteError, largest_of_rows
 from .spec import DecoderSpec
 from .step import StepBuffers
 from .weights import Layer, Read, WeightSlot
@@ -35,26 +37,47 @@ class BuildContext:
     def alloc(self, *shape: int) -> Tensor:
         return self.binder.device.alloc(shape, self.dtype, tag="weights")
 
-    def bind(self, op: str, **sizes: int) -> Callable[..., Any]:
-        return self.binder.bind(op, self.dtype, **sizes)
+    def bind(self, op: str, weight_format: str = DENSE, /, **sizes: int) -> Callable[..., Any]:
+        return self.binder.bind(op, self.dtype, weight_format, **sizes)
 
 
 class Linear(Layer):
     """`x @ weight.T + bias` through the bound op; how weights fill it is the subclass's matter."""
 
+    is_head = False
+
     def __init__(self, context: BuildContext, in_features: int, out_features: int) -> None:
         self._context = context
         self._in_features, self._out_features = in_features, out_features
-        self._linear = context.bind("linear", in_features=in_features, out_features=out_features)
+        self._scheme = context.binder.scheme(in_features, head=self.is_head)
+        self._format = context.binder.weight_format(
+            self._scheme, context.dtype, (out_features, in_features)
+        )
+        self._linear = context.bind(
+            "linear", self._format, in_features=in_features, out_features=out_features
+        )
         self._packed: PackedWeight | None = None
         self._bias: Tensor | None = None
+
+    def _row_name(self, row: int) -> str:
+        """Where a row of the weight comes from, for messages."""
+        raise NotImplementedError
 
     def _plain(self) -> Tensor:
         """`[out, in]`, to be filled and packed."""
         return self._context.alloc(self._out_features, self._in_features)
 
-    def _pack(self, plain: Tensor) -> None:
-        self._packed = self._context.binder.pack(plain, self._linear)
+    def _pack(self, plain: Tensor, *, largest: Tensor | None = None, shared: bool = False) -> None:
+        """See `OpBinder.pack`."""
+        try:
+            self._packed = self._context.binder.pack(
+                plain, self._linear, self._scheme, largest=largest, shared=shared
+            )
+        except NotFiniteError as error:
+            raise ModelLoadError(
+                f"{self._row_name(error.row)} holds a NaN or an infinity: such a weight cannot be "
+                "quantized. Leave --quantization out, or mend the checkpoint."
+            ) from None
 
 
 class Part(NamedTuple):
@@ -98,7 +121,9 @@ class ColumnLinear(Linear):
         super().__init__(context, in_features, out_features)
         if then is not None:
             sizes = {"in_features": in_features, "out_features": out_features}
-            self._linear = context.binder.bind_chain(context.dtype, ("linear", sizes), then)
+            self._linear = context.binder.bind_chain(
+                context.dtype, ("linear", sizes), then, weight_format=self._format
+            )
         if bias:
             self._bias = context.alloc(out_features)
 
@@ -118,6 +143,13 @@ class ColumnLinear(Linear):
             row = rows.stop
         self._pack(plain)
 
+    def _row_name(self, row: int) -> str:
+        for part in self._parts:
+            if row < part.stop - part.start:
+                return f"row {part.start + row} of {part.name}.weight"
+            row -= part.stop - part.start
+        raise IndexError(row)
+
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._linear(hidden, self._packed, self._bias)
 
@@ -133,7 +165,11 @@ class RowLinear(Linear):
         super().__init__(context, share, out_features)
         start = self._comm.rank * share
         shape = (out_features, in_features)
-        self._weight_slot = WeightSlot(f"{name}.weight", shape, start, start + share, dim=1)
+        self._share = slice(start, start + share)
+        # All ranks take a row's one scale, as a single rank would: that wants all of the row.
+        self._reads_whole = self._comm.size > 1 and self._scheme.format == INT8
+        read = slice(0, in_features) if self._reads_whole else self._share
+        self._weight_slot = WeightSlot(f"{name}.weight", shape, read.start, read.stop, dim=1)
         self._bias_slot = WeightSlot(f"{name}.bias", shape[:1], 0, out_features)
         self._whole_bias = context.alloc(out_features) if bias else None
         # One rank adds the bias, so that the sum has it once.
@@ -145,11 +181,21 @@ class RowLinear(Linear):
             yield self._bias_slot
 
     def load(self, read: Read) -> None:
-        plain = self._plain()
-        read(self._weight_slot, plain)
+        plain, largest = self._plain(), None
+        if self._reads_whole:
+            whole = self._context.alloc(*self._weight_slot.shape)
+            read(self._weight_slot, whole)
+            largest = largest_of_rows(whole)
+            plain.copy_(whole[:, self._share])
+            del whole
+        else:
+            read(self._weight_slot, plain)
         if self._whole_bias is not None:
             read(self._bias_slot, self._whole_bias)
-        self._pack(plain)
+        self._pack(plain, largest=largest)
+
+    def _row_name(self, row: int) -> str:
+        return f"row {row} of {self._weight_slot.name}"
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._comm.all_reduce(self._linear(hidden, self._packed, self._bias))
@@ -217,6 +263,8 @@ class LmHead(Linear):
     """`[rows, hidden]` → fp32 logits `[rows, vocab]` on every rank. `tied`: the embedding's table
     of this rank, when it serves as head too."""
 
+    is_head = True
+
     def __init__(self, context: BuildContext, name: str, tied: Tensor | None = None) -> None:
         self._name = name
         self._tied = tied
@@ -231,11 +279,14 @@ class LmHead(Linear):
 
     def load(self, read: Read) -> None:
         if self._tied is not None:
-            self._pack(self._tied)  # the embedding has filled it
+            self._pack(self._tied, shared=True)  # the embedding has filled it
             return
         plain = self._share.pad(self._plain())
         self._share.fill(plain, self.slots(), read)
         self._pack(plain)
+
+    def _row_name(self, row: int) -> str:
+        return f"row {self._share.start + row} of {self._name}.weight"
 
     def __call__(self, rows: Tensor) -> Tensor:
         logits = self._linear(rows, self._packed, None)

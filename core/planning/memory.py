@@ -19,6 +19,7 @@ from ..models.registry import decoder_spec
 from ..models.spec import DecoderSpec
 from ..models.step import StepBuffers, StepGroup, make_groups, slot_dtype
 from ..ops import OpBinder
+from ..quantization.scheme import PLAIN, WeightScheme
 from ..runner.rows import SLACK, RowTable
 from ..sizing import GroupSize
 
@@ -68,24 +69,44 @@ class PackingSizes(OpBinder):
     """Binds through `real`, whose choices it shares, and weighs what the packer would make."""
 
     def __init__(self, real: OpBinder, device: Any) -> None:
-        super().__init__(real.platform, device)
+        super().__init__(real.platform, device, quantization=real.quantization)
         self._real = real
         self.packed = 0  # bytes of packed layouts, beside what the device allocated
         self._kept: list[Tensor] = []
 
-    def bind(self, op: str, dtype: torch.dtype, **sizes: int) -> Any:
-        return self._real.bind(op, dtype, **sizes)
+    def bind(self, op: str, dtype: torch.dtype, weight_format: str = DENSE, /, **sizes: int) -> Any:
+        return self._real.bind(op, dtype, weight_format, **sizes)
 
-    def bind_chain(self, dtype: torch.dtype, *parts: tuple[str, Mapping[str, int]]) -> Any:
-        return self._real.bind_chain(dtype, *parts)
+    def bind_chain(
+        self,
+        dtype: torch.dtype,
+        *parts: tuple[str, Mapping[str, int]],
+        weight_format: str = DENSE,
+    ) -> Any:
+        return self._real.bind_chain(dtype, *parts, weight_format=weight_format)
 
-    def pack(self, weight: Tensor, reader: Any = None) -> PackedWeight:
+    def remark(self, text: str, level: int) -> None:
+        self._real.remark(text, level)
+
+    def pack(
+        self,
+        weight: Tensor,
+        reader: Any = None,
+        scheme: WeightScheme = PLAIN,
+        *,
+        largest: Tensor | None = None,
+        shared: bool = False,
+    ) -> PackedWeight:
         shape = (weight.shape[0], weight.shape[1])
-        size = self._real.packer(weight.dtype, shape, reader).packed_bytes(weight.dtype, shape)
-        if size is None:
+        format = self.weight_format(scheme, weight.dtype, shape)
+        packer = self._real.packer(weight.dtype, shape, reader, format)
+        size = packer.packed_bytes(weight.dtype, shape)
+        if size is None and format == DENSE:
+            if shared and scheme != PLAIN:
+                weight = self.device.alloc(shape, weight.dtype, tag="weights")
             self._kept.append(weight)
             return PackedWeight(DENSE, shape, (weight,))
-        self.packed += size
+        self.packed += scheme.canonical_bytes(shape) if size is None else size
         return PackedWeight("planned", shape, ())
 
     def keeps(self, table: Tensor) -> bool:

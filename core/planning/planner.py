@@ -71,13 +71,14 @@ class _Planner:
         if facts.spec is None:
             self._notes.append(
                 "not runnable by this engine yet: figures only. Weights are taken as "
-                f"{dtype_name(settings.dtype)}, unpacked. {facts.obstacle}"
+                f"{dtype_name(settings.dtype)}, neither packed nor quantized. {facts.obstacle}"
             )
             self._sizes, self._kv_source = [self._plain_group()], "config.json, no platform's block"
         else:
-            binder = OpBinder(target.platform)
+            binder = OpBinder(target.platform, quantization=settings.quantization)
             self._sizes, self._kv_source = self._measure(facts.spec)
             self._memory = self._rank_memory(facts.spec, binder)
+            self._notes += binder.remarks
         shapes = facts.shapes if self._memory is None else self._memory.shapes
         self._parameters: Parameters = facts.parameters(shapes)
 

@@ -26,6 +26,7 @@ class Settings:
 
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    quantization: str | None
     ranks: int
     lengths: Lengths
     context: int
@@ -35,6 +36,7 @@ class Settings:
         return {
             "dtype": dtype_name(self.dtype),
             "kv_cache_dtype": dtype_name(self.kv_dtype),
+            "quantization": self.quantization,
             "tensor_parallel_size": self.ranks,
             "max_model_len": self.lengths.max_model_len,
             "max_num_seqs": self.lengths.num_seqs,
@@ -67,6 +69,7 @@ def choose_settings(
         return Settings(
             dtype=dtype,
             kv_dtype=kv_dtype,
+            quantization=args.quantization,
             ranks=args.tensor_parallel_size,
             lengths=lengths,
             context=min(length, wanted),

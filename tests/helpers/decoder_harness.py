@@ -41,11 +41,12 @@ class Harness:
         dtype: torch.dtype = torch.float32,
         length: int = 128,
         sequences: int = 1,
+        quantization: str | None = None,
         **load: Any,
     ) -> None:
         comm = comm or LocalCommunicator()
         self.device: Device = platform.open(0)
-        self.binder = OpBinder(platform, self.device)
+        self.binder = OpBinder(platform, self.device, quantization=quantization)
         spec = decoder_spec(json.loads((path / "config.json").read_text()))
         block_size = 8
         per_sequence = -(-length // block_size)

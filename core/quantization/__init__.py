@@ -1,0 +1,1 @@
+"""Quantized weights: which format a layer is kept in, and its canonical tensors."""

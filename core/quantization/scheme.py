@@ -1,0 +1,74 @@
+"""How the weight of one linear layer is kept."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ...platforms.interface import DENSE, INT4, INT4_GROUPS, INT8
+from ...platforms.ops import int4_group
+
+
+class TensorKind(NamedTuple):
+    """Shape and element type of one canonical tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class WeightScheme:
+    """A format of `platforms.compute`, and for int4 the number of inputs that share a scale."""
+
+    format: str = DENSE
+    group: int = 0
+
+    def tensors(self, shape: tuple[int, int]) -> dict[str, TensorKind]:
+        """The canonical tensors of a quantized weight `[out, in]`."""
+        out_features, in_features = shape
+        if self.format == INT8:
+            return {
+                "codes": TensorKind(shape, torch.int8),
+                "scales": TensorKind((out_features,), torch.float32),
+            }
+        groups = (out_features, in_features // self.group)
+        return {
+            "codes": TensorKind(shape, torch.uint8),
+            "scales": TensorKind(groups, torch.float32),
+            "zeros": TensorKind(groups, torch.uint8),
+        }
+
+    def canonical_bytes(self, shape: tuple[int, int]) -> int:
+        """What a packer that keeps the canonical tensors takes."""
+        kinds = self.tensors(shape).values()
+        return sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds)
+
+
+PLAIN = WeightScheme()
+
+
+class Choice(NamedTuple):
+    """A scheme, and why it is not what was asked for (empty: it is)."""
+
+    scheme: WeightScheme
+    reason: str = ""
+
+
+def choose_scheme(quantization: str | None, in_features: int, *, head: bool = False) -> Choice:
+    """Of a layer of which this rank holds `in_features` inputs. Scores are worth 8 bits: the head
+    is kept in int8 whatever the rest is. Groups of int4 end where a rank's share does."""
+    if quantization is None:
+        return Choice(PLAIN)
+    if quantization == INT8 or head:
+        return Choice(WeightScheme(INT8))
+    group = int4_group(in_features)
+    if group is not None:
+        return Choice(WeightScheme(INT4, group))
+    return Choice(
+        WeightScheme(INT8),
+        f"linear layers with {in_features} inputs a rank are kept in int8, not int4: that is no "
+        f"multiple of {min(INT4_GROUPS)}",
+    )

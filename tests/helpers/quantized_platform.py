@@ -1,0 +1,93 @@
+"""A platform that multiplies by the codes of quantized weights: strict, with packers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimaran.core.quantization.codes import dequantize
+from trimaran.platforms.interface import (
+    INT4,
+    INT8,
+    Capabilities,
+    OpImpl,
+    OpSignature,
+    PackedWeight,
+    Support,
+    WeightPacker,
+)
+from trimaran.platforms.strict import StrictPlatform
+
+CALLS: dict[str, int] = {}
+"""Format → how often it was multiplied by."""
+
+
+class Keeping(WeightPacker):
+    """Leaves canonical tensors as they are."""
+
+    def __init__(self, format: str) -> None:
+        self.format = format
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+        return PackedWeight(f"kept {self.format}", shape, tuple(tensors.values()))
+
+
+def values_of(weight: PackedWeight) -> Tensor:
+    """fp32 `[out, in]`: what a kept weight stands for, quantized or dense."""
+    names = ("codes", "scales", "zeros")
+    if weight.format == "dense":
+        return weight.tensors[0].float()
+    return dequantize(dict(zip(names, weight.tensors, strict=False)))
+
+
+class ByCodes(OpImpl):
+    """Weights as they are kept; with `rounding`, activations in int8 too (W8A8)."""
+
+    op = "linear"
+    name = "by codes"
+    rounding = False
+
+    def supports(self, sig: OpSignature) -> Support:
+        if sig.weight_format not in (INT8, INT4):
+            return Support.no(f"{sig.weight_format} weights")
+        return Support.yes()
+
+    def __call__(self, *args: Any) -> Any:
+        x, weight, bias = args
+        CALLS[weight.format] = CALLS.get(weight.format, 0) + 1
+        plain = values_of(weight).to(x.dtype)
+        if self.rounding:
+            step = x.abs().amax(-1, keepdim=True) / 127
+            x = (x / torch.where(step > 0, step, 1)).round() * step
+        return torch.nn.functional.linear(x, plain, bias)
+
+
+class Native(StrictPlatform):
+    def capabilities(self, device: int = 0) -> Capabilities:
+        known = super().capabilities(device)
+        return Capabilities(
+            known.dtypes, known.kv_dtypes, weight_formats=("dense", INT8, INT4), run_ahead=1
+        )
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        ops = dict(super().ops())
+        return {**ops, "linear": [ByCodes(), *ops["linear"]]}
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        return {**super().weight_packers(), **{one: Keeping(one) for one in (INT8, INT4)}}
+
+
+class Refusing(Native):
+    """Has packers, and a linear that reads no codes of so many inputs."""
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        class Narrow(ByCodes):
+            def supports(self, sig: OpSignature) -> Support:
+                if sig.sizes["in_features"] > 128:
+                    return Support.no("at most 128 inputs")
+                return super().supports(sig)
+
+        return {**super().ops(), "linear": [Narrow()]}
