@@ -329,6 +329,14 @@ def test_a_view_of_what_is_not_laid_out_in_rows_ends_the_trace() -> None:
     assert toy.forward().tolist() == [1 + 1, 3 + 2], "the trace is over"
 
 
+def test_what_is_not_computed_is_laid_out_as_if_it_were() -> None:
+    tracer = StepTracer()
+    toy = Toy(tracer, lambda x: toy.double(toy.ids)[0, :2])
+    toy.double = tracer.wrap("rms_norm", lambda x: (x * 2).view(2, 2).t())
+    with pytest.raises(TraceError, match="lies in no contiguous output"):
+        tracer.trace(toy)  # type: ignore[arg-type]
+
+
 def test_a_step_input_is_named_and_no_part_of_it_taken() -> None:
     graph = trace(lambda x: x.view(2, 2)[1])
     (found,) = graph.nodes[0].arguments
@@ -416,6 +424,9 @@ def test_two_examples_make_a_graph_for_any_size(layer: Callable[..., Any]) -> No
         (lambda self, x: self.norm(x[-1:]), "its argument 0"),
         (lambda self, x: self.norm(x.t()), "its argument 0"),
         (lambda self, x: self.norm(x.view(-1)), "its argument 0"),
+        (lambda self, x: self.norm(x[:, len(x) - 2 :][:, :1]), "its argument 0"),
+        (lambda self, x: self.norm(x.view(-1)[:: len(x) - 1][: len(x)]), "its argument 0"),
+        (lambda self, x: self.norm((self.norm(x), self.other(x))[len(x) - 2][:, 1:]), "argument 0"),
         (lambda self, x: self.flat(x), r"its result is \(9,\) with 3, \(6,\) with 2"),
         (lambda self, x: self.sum(x), r"its result is \(3,\) with 3, \(3,\) with 2"),
         (lambda self, x: self.wide(x), "its result is"),
