@@ -10,9 +10,10 @@ import torch
 from . import host
 from .attention_reference import ReferenceAttention
 from .attention_torch import TorchPagedAttention
-from .cpu_linear import CpuDensePacker, linear_road
+from .cpu_linear import linear_road
 from .cpu_ops import cpu_ops
 from .cpu_roofline import measured_roofline
+from .cpu_weights import linear, packers
 from .host_device import HostDevice
 from .interface import (
     ApiRange,
@@ -66,14 +67,13 @@ class CpuPlatform(Platform):
         return HostDevice()
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return cpu_ops()
+        return {**cpu_ops(), "linear": [linear()]}
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
         return (TorchPagedAttention(), ReferenceAttention())
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
-        packer = CpuDensePacker()
-        return {packer.format: packer}
+        return {packer.format: packer for packer in packers()}
 
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
         return KVConstraints(block_multiple=1, preferred_block_size=32)

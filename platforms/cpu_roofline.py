@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .cpu_linear import CpuDensePacker, Linear
+from .cpu_weights import linear, packers
 from .interface import Roofline
 from .ops import DENSE
 
@@ -48,13 +48,14 @@ def _read_bandwidth() -> float:
 def _product_rate(dtype: torch.dtype) -> float:
     """By the packer and the linear layer of this platform, whatever road they take."""
     weight = torch.full((WIDTH, WIDTH), 0.5, dtype=dtype)
-    packed = CpuDensePacker().pack({"weight": weight}, (WIDTH, WIDTH))
-    linear = Linear()
+    packer = next(one for one in packers() if one.format == DENSE)
+    packed = packer.pack({"weight": weight}, (WIDTH, WIDTH))
+    multiply = linear()
     few = torch.ones(1, WIDTH, dtype=dtype)
     # Where a plain loop is all there is, even this many rows would take too long.
     rows = ROWS if packed.format != DENSE or dtype == torch.float32 else 8
     many = few.expand(rows, WIDTH).contiguous()
-    seconds = _best_seconds(lambda: linear(many, packed, None))
+    seconds = _best_seconds(lambda: multiply(many, packed, None))
     return 2 * rows * WIDTH * WIDTH / seconds
 
 
