@@ -1,6 +1,8 @@
 """Plot a result of `run.py`: one panel a workload, one bar a peer, with the range of the rounds.
 
-.venv/bin/python benchmarks/plot.py benchmarks/results/NAME.json   # writes NAME.png beside it
+    .venv/bin/python benchmarks/plot.py benchmarks/results/NAME.json   # writes NAME.png beside it
+
+Where the cost of growth was measured, a panel shows seconds a token over the context.
 """
 
 from __future__ import annotations
@@ -10,43 +12,76 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-
-MAIN_FIGURE = {
-    "batch1": ("decode_tok_s", "tokens/s, batch 1"),
-    "batch1_1k": ("decode_tok_s", "tokens/s, batch 1, 1k context"),
-    "mixed32": ("output_tok_s", "output tokens/s, 32 at once"),
-    "prefill2048": ("prefill_tok_s", "prompt tokens/s, 2,048"),
-    "shared_prefix": ("second_ttft_s", "s to first token, shared prefix"),
-}
+from figures import MAIN_FIGURE
 
 
 def plot(report: dict[str, Any], target: Path) -> None:
-    names = [name for name in report["summary"] if name in MAIN_FIGURE]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 3.6), squeeze=False)
-    for axis, name in zip(axes[0], names, strict=True):
-        key, title = MAIN_FIGURE[name]
-        for position, peer in enumerate(report["peers"]):
-            value = report["summary"][name][peer][key]
-            error = [[value["median"] - value["min"]], [value["max"] - value["median"]]]
-            axis.bar(position, value["median"], yerr=error, capsize=4, width=0.7)
-            axis.annotate(
-                f"{value['median']:.3g}", (position, value["median"]), ha="center", va="bottom"
-            )
-        axis.set_xticks(range(len(report["peers"])), report["peers"], rotation=15)
-        axis.set_title(title, fontsize=9)
-        axis.margins(y=0.15)
-    machine = report["machine"]
+    panels = [
+        name
+        for name, found in report["summary"].items()
+        if name in MAIN_FIGURE and any(MAIN_FIGURE[name][0] in found[peer] for peer in found)
+    ]
+    width = max(3.2, 0.55 * len(report["peers"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), 3.8), squeeze=False)
+    for axis, name in zip(axes[0], panels, strict=True):
+        if name == "growth":
+            _growth(axis, report)
+        else:
+            _bars(axis, report, name)
+        axis.set_title(MAIN_FIGURE[name][1], fontsize=9)
+    machine, cap = report["machine"], report.get("isa_cap")
     figure.suptitle(
-        f"{report['shape']} {report['dtype']} · {machine['cpu']}, {machine['cores']} cores · "
+        f"{report['shape']} · {machine['cpu']}, {machine['cores']} cores"
+        f"{f', capped at {cap}' if cap else ''} · "
         f"{report['rounds']} interleaved rounds, {report['date']}",
         fontsize=9,
     )
     figure.tight_layout()
     figure.savefig(target, dpi=130)
+    plt.close(figure)
+
+
+def _bars(axis: Any, report: dict[str, Any], name: str) -> None:
+    key, found = MAIN_FIGURE[name][0], report["summary"][name]
+    names = [peer for peer in report["peers"] if key in found.get(peer, {})]
+    for position, peer in enumerate(names):
+        value = found[peer][key]
+        error = [[value["median"] - value["min"]], [value["max"] - value["median"]]]
+        ours = peer.startswith("trimaran")
+        axis.bar(
+            position,
+            value["median"],
+            yerr=error,
+            capsize=4,
+            width=0.7,
+            color="tab:blue" if ours else "tab:gray",
+        )
+        axis.annotate(
+            f"{value['median']:.3g}", (position, value["median"]), ha="center", va="bottom"
+        )
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
+    axis.margins(y=0.15)
+
+
+def _growth(axis: Any, report: dict[str, Any]) -> None:
+    for peer in report["peers"]:
+        points = [
+            point
+            for entry in report["raw"]
+            for point in entry["results"].get("growth", {}).get(peer, {}).get("points", ())
+        ]
+        if points:
+            contexts, seconds = zip(*sorted(points), strict=True)
+            axis.plot(contexts, [1e3 * value for value in seconds], "o-", ms=3, label=peer)
+    axis.set_xlabel("context", fontsize=8)
+    axis.set_ylabel("ms a token", fontsize=8)
+    axis.legend(fontsize=7)
 
 
 if __name__ == "__main__":

@@ -1,157 +1,87 @@
 """Compare Trimaran with its peers on this machine, interleaved in one run.
 
-    .venv/bin/python benchmarks/run.py --shape qwen3-0.6b --rounds 5 --output results.json
+    .venv/bin/python benchmarks/run.py --shape qwen3-0.6b --rounds 5 --output results.json \\
+        --peers trimaran trimaran:int8 vllm_cpu llama_cpp:bf16 llama_cpp:q8_0 openvino:bf16
 
-Each peer lives in a process of its own, loaded once and idle while another runs. A round runs
-every workload on every peer in turn; a canary (read bandwidth, GEMM) is taken before and after,
-and a round in which it moved by more than 5 % is dropped and repeated, within bounds. Figures are
-medians with their range; ratios are taken round by round. No figure counts unless the peers
-agree on what the model says (the next token of each prompt and its log-probability).
+A peer is ENGINE[:PRECISION][,OPTION=VALUE…] (engines: trimaran, transformers, vllm_cpu, llama_cpp,
+openvino; options go to the engine as they stand). Peers other than transformers are installed by
+`peers.py`. Each peer lives in a process of its own, loaded once and idle while another runs. A
+round runs every workload on every peer in turn; a canary (read bandwidth, GEMM) is taken before
+and after, and a round in which it moved by more than 5 % is dropped and repeated, within bounds.
+Figures are medians with their range; ratios are taken round by round. No figure counts unless the
+peers agree on what the model says (`agreement.py`). `--isa` caps the instructions of every peer.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import canary
+import figures
+import peers as environments
 import shapes
 import workloads
+from agreement import agreement
+from fleet import Fleet, Peer, PeerSpec, Setting
+from limits import Limits
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-WORKERS = Path(__file__).parent / "workers"
-OURS = "trimaran"
+WARM_UP_SEED = 1_000_000
+# Blocks for 16 requests that share nothing of 1,072 tokens; for one of 32,016.
+KV_TOKENS, GROWTH_KV_TOKENS = 20_480, 36_864
+MAX_LEN, GROWTH_MAX_LEN = 4096, 32_768
 console = Console(stderr=True)
 
 
-class Peer:
-    """One engine in its own process; speaks `workers/protocol.py`."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKERS / f"{name}_worker.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(f"/tmp/trimaran-bench-{name}.log", "w"),  # noqa: SIM115 (lives with it)
-            text=True,
-            bufsize=1,
-        )
-
-    def ask(self, op: str, **arguments: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended; see /tmp/trimaran-bench-{self.name}.log")
-        return json.loads(line)
-
-    def run(self, work: workloads.Workload, keep_prefix: bool = False) -> dict[str, Any]:
-        return self.ask("run", prompts=work.prompts, outputs=work.outputs, keep_prefix=keep_prefix)
-
-    def close(self) -> None:
-        if self.process.stdin:
-            self.process.stdin.close()
-        self.process.wait(timeout=30)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the machine and the model's shape allow (formulas: docs/performance.md)."""
-
-    sizes: dict[str, int]
-    read_gb_s: float
-    gemm_gflop_s: float
-
-    def decode_tokens_per_second(self, batch: int, context: float) -> float:
-        """Every step reads the weights once and each sequence's KV cache."""
-        kv = shapes.kv_bytes_per_token(self.sizes) * context * batch
-        seconds = (shapes.weight_bytes(self.sizes) + kv) / (self.read_gb_s * 1e9)
-        return batch / seconds
-
-    def prefill_tokens_per_second(self, length: int) -> float:
-        attention = 2 * length * self.sizes["num_attention_heads"] * self.sizes["head_dim"]
-        flops = 2 * shapes.num_body_parameters(self.sizes)
-        flops += attention * self.sizes["num_hidden_layers"]
-        return self.gemm_gflop_s * 1e9 / flops
-
-
-def agreement(peers: list[Peer], vocab: int) -> dict[str, Any]:
-    """Do the peers say the same of the same prompts? bf16 rounding may swap near-ties."""
-    prompts = workloads.mixed(vocab, count=8, seed=9).prompts
-    scores = {peer.name: peer.ask("score", prompts=prompts) for peer in peers}
-    ours = scores[OURS]
-    report = {}
-    for name, theirs in scores.items():
-        same = sum(a["token"] == b["token"] for a, b in zip(ours, theirs, strict=True))
-        gap = max(abs(a["logprob"] - b["logprob"]) for a, b in zip(ours, theirs, strict=True))
-        report[name] = {"same_token": f"{same}/{len(prompts)}", "max_logprob_gap": round(gap, 4)}
-        if gap > 0.1:
-            raise SystemExit(f"{OURS} and {name} disagree by {gap:.3f} in log-probability.")
-    return report
-
-
-def measure(peers: list[Peer], vocab: int, names: list[str]) -> dict[str, dict[str, Any]]:
+def measure(
+    fleet: Fleet, vocab: int, names: list[str], seed: int
+) -> dict[str, dict[str, dict[str, Any]]]:
     """One round: every workload on every peer in turn."""
-    makers: dict[str, Callable[[], workloads.Workload]] = {
-        "batch1": lambda: workloads.batch_one(vocab),
-        "batch1_1k": lambda: workloads.batch_one(vocab, prompt=1024),
-        "mixed32": lambda: workloads.mixed(vocab),
-        "prefill2048": lambda: workloads.prefill(vocab),
-    }
     results: dict[str, dict[str, Any]] = {}
-    for name in names:
-        if name == "shared_prefix":
-            first, second = workloads.shared_prefix(vocab)
-            for peer in peers:
-                a, b = peer.run(first), peer.run(second, keep_prefix=True)
-                results.setdefault(name, {})[peer.name] = {
-                    "first_ttft": a["ttft"],
-                    "second_ttft": b["ttft"],
-                    "cached_tokens": b["cached_tokens"],
-                    "seconds": a["seconds"] + b["seconds"],
-                    "output_tokens": a["output_tokens"] + b["output_tokens"],
-                }
-            continue
-        work = makers[name]()
-        for peer in peers:
-            results.setdefault(name, {})[peer.name] = peer.run(work)
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(names) * len(fleet.alive()))
+        for name in names:
+            work = workloads.WORKLOADS[name]
+            for peer in fleet.alive():
+                progress.update(task, description=f"{name}, {peer.name}")
+                found = fleet.turn(peer, lambda peer, work=work: work(peer, vocab, seed))
+                if found:
+                    results.setdefault(name, {})[peer.name] = found
+                else:
+                    progress.console.print(fleet.failed[peer.name], style="red", markup=False)
+                progress.advance(task)
     return results
 
 
 def rounds(
-    peers: list[Peer], vocab: int, names: list[str], count: int
+    fleet: Fleet, vocab: int, names: list[str], count: int
 ) -> Iterator[list[dict[str, Any]]]:
     """All rounds so far, after each of them, until `count` have held; at most twice as many."""
     entries: list[dict[str, Any]] = []
-    with Progress(console=console) as progress:
-        task = progress.add_task("rounds", total=count)
-        while len(quiet(entries)) < count and len(entries) < 2 * count:
-            before = canary.canary()
-            results = measure(peers, vocab, names)
-            after = canary.canary()
-            held = not canary.moved(before, after)
-            entries.append({"before": before, "after": after, "held": held, "results": results})
-            seconds = {
-                name: {peer: round(result["seconds"], 2) for peer, result in found.items()}
-                for name, found in results.items()
-            }
-            progress.console.print("quiet" if held else "noisy", seconds)
-            progress.update(task, advance=int(held))
-            yield entries
+    while len(quiet(entries)) < count and len(entries) < 2 * count:
+        before = canary.canary()
+        results = measure(fleet, vocab, names, seed=len(entries))
+        after = canary.canary()
+        held = not canary.moved(before, after)
+        entries.append({"before": before, "after": after, "held": held, "results": results})
+        seconds = {
+            name: {peer: round(result["seconds"], 2) for peer, result in found.items()}
+            for name, found in results.items()
+        }
+        console.print(f"round {len(entries)}", "quiet" if held else "noisy", seconds)
+        yield entries
 
 
 def quiet(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,87 +89,39 @@ def quiet(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["held"]]
 
 
-def summarise(kept: list[dict[str, Any]], sizes: dict[str, int]) -> dict[str, Any]:
-    summary: dict[str, Any] = {}
-    for name in kept[0]["results"]:
-        for peer in kept[0]["results"][name]:
-            values = [_figures(name, entry, peer, sizes) for entry in kept]
-            summary.setdefault(name, {})[peer] = {
-                key: _spread([value[key] for value in values]) for key in values[0]
-            }
-        ratios: dict[str, list[float]] = {}
-        for entry in kept:
-            seconds = {peer: r["seconds"] for peer, r in entry["results"][name].items()}
-            for peer, value in seconds.items():
-                ratios.setdefault(peer, []).append(value / seconds[OURS])
-        summary[name]["speed_of_ours_over"] = {
-            peer: _spread(values) for peer, values in ratios.items() if peer != OURS
-        }
-    return summary
-
-
-def _figures(
-    name: str, entry: dict[str, Any], peer: str, sizes: dict[str, int]
-) -> dict[str, float]:
-    result = entry["results"][name][peer]
-    limits = Limits(
-        sizes,
-        max(entry["before"]["read_gb_s"], entry["after"]["read_gb_s"]),
-        max(entry["before"]["gemm_gflop_s"], entry["after"]["gemm_gflop_s"]),
-    )
-    rate = result["output_tokens"] / result["seconds"]
-    if name == "shared_prefix":
-        return {
-            "first_ttft_s": result["first_ttft"],
-            "second_ttft_s": result["second_ttft"],
-            "cached_tokens": result["cached_tokens"],
-        }
-    if name.startswith("batch1"):
-        prompt = 1024 if name.endswith("1k") else 128
-        decode = (result["output_tokens"] - 1) / result["decode_seconds"]
-        limit = limits.decode_tokens_per_second(1, prompt + result["output_tokens"] / 2)
-        return {
-            "decode_tok_s": decode,
-            "ttft_s": result["ttft"],
-            "percent_of_limit": 100 * decode / limit,
-        }
-    if name.startswith("prefill"):
-        length = int(name.removeprefix("prefill"))
-        rate = length / result["ttft"]
-        limit = limits.prefill_tokens_per_second(length)
-        return {"prefill_tok_s": rate, "percent_of_limit": 100 * rate / limit}
-    limit = limits.decode_tokens_per_second(32, 208)
+def outcome(entries: list[dict[str, Any]], args: argparse.Namespace, fleet: Fleet) -> Any:
+    """The quiet rounds in figures; all rounds, where the machine did not hold for as many."""
+    kept = quiet(entries)
+    used = kept if len(kept) == args.rounds else entries
+    sizes, specs = shapes.SHAPES[args.shape], [peer.spec for peer in fleet.peers]
     return {
-        "output_tok_s": rate,
-        "percent_of_decode_limit": 100 * rate / limit,
-        "peak_rss_gib": result["peak_rss_gib"],
-    }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 4),
-        "min": round(min(values), 4),
-        "max": round(max(values), 4),
+        "finished": len(kept) == args.rounds or len(entries) == 2 * args.rounds,
+        "rounds": len(used),
+        "noisy_rounds_used": len(used) - len(quiet(used)),
+        "noisy_rounds_dropped": len(entries) - len(used),
+        "failed": fleet.failed,
+        "limits": asdict(Limits(sizes, **entries[-1]["after"])),
+        "memory": figures.memory(entries, specs, sizes, fleet.peers[0].setting.kv_tokens),
+        "summary": figures.summarise(used, specs, sizes),
+        "raw": entries,
     }
 
 
 def show(report: dict[str, Any]) -> None:
     noisy = report["noisy_rounds_used"]
-    title = f"{report['shape']} {report['dtype']}, {report['rounds']} rounds"
+    title = f"{report['shape']}, {report['rounds']} rounds"
     table = Table(title=title + (f", {noisy} of them noisy" if noisy else ""))
-    for column in ("workload", "figure", *report["peers"], "ratio"):
+    for column in ("workload", "figure", *report["peers"]):
         table.add_column(column)
     for name, summary in report["summary"].items():
-        ratios = summary["speed_of_ours_over"]
-        for figure in summary[OURS]:
-            cells = [
-                "{median:.4g} ({min:.4g}–{max:.4g})".format(**summary[peer][figure])
-                for peer in report["peers"]
-            ]
-            ratio = " ".join(f"{value['median']:.2f}× {peer}" for peer, value in ratios.items())
-            table.add_row(name, figure, *cells, ratio)
-            name, ratios = "", {}
+        by_peer = {peer: summary[peer] for peer in report["peers"] if peer in summary}
+        for figure in dict.fromkeys(key for found in by_peer.values() for key in found):
+            spreads = [by_peer.get(peer, {}).get(figure) for peer in report["peers"]]
+            cells = ["{median:.4g} ({min:.4g}–{max:.4g})".format(**s) if s else "" for s in spreads]
+            table.add_row(name, figure, *cells)
+        ratios = summary.get("speed_of_ours_over", {})
+        cells = [f"{ratios[p]['median']:.2f}" if p in ratios else "" for p in report["peers"]]
+        table.add_row(name, "speed of ours over it", *cells, end_section=True)
     Console().print(table)
 
 
@@ -247,74 +129,88 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    names = list(workloads.WORKLOADS)
     parser.add_argument("--shape", default="qwen3-0.6b", choices=shapes.SHAPES)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--peers", nargs="*", default=["transformers"])
     parser.add_argument(
-        "--workloads",
+        "--peers",
         nargs="*",
-        default=["batch1", "mixed32", "prefill2048", "shared_prefix"],
+        type=PeerSpec.parse,
+        default=[PeerSpec.parse("transformers")],
+        help="`trimaran` comes first where none of ours is named",
     )
+    parser.add_argument("--workloads", nargs="*", choices=names, default=names[:5])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=canary.torch.get_num_threads())
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "trimaran-bench")
+    parser.add_argument("--isa", choices=environments.ISAS, help="cap the instructions of all")
+    parser.add_argument("--cache", type=Path, default=environments.CACHE)
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not any(spec.is_ours for spec in args.peers):
+        args.peers = [PeerSpec.parse("trimaran"), *args.peers]
+    return args
+
+
+def open_fleet(args: argparse.Namespace) -> Fleet:
+    """The peers, not started yet; ends with one line when one is not installed."""
+    growth = "growth" in args.workloads
+    setting = Setting(
+        checkpoint=shapes.make_checkpoint(args.shape, args.cache),
+        cache=args.cache,
+        threads=args.threads,
+        kv_tokens=GROWTH_KV_TOKENS if growth else KV_TOKENS,
+        max_len=GROWTH_MAX_LEN if growth else MAX_LEN,
+        isa=args.isa,
+    )
+    vocab = shapes.SHAPES[args.shape]["vocab_size"]
+    warm_up = workloads.batch_one(vocab, WARM_UP_SEED, output=16)
+    try:
+        members = [Peer(spec, setting) for spec in args.peers]
+    except environments.NotInstalled as error:
+        raise SystemExit(str(error)) from None
+    return Fleet(members, lambda peer: peer.run(warm_up))
 
 
 def main() -> None:
     args = parse_args()
-    sizes = shapes.SHAPES[args.shape]
-    dtype = getattr(canary.torch, args.dtype)
-    model = shapes.make_checkpoint(args.shape, args.cache, dtype)
-    peers = [Peer(name) for name in (OURS, *args.peers)]
+    fleet = open_fleet(args)
+    vocab = shapes.SHAPES[args.shape]["vocab_size"]
     report: dict[str, Any] = {
         "command": " ".join(["benchmarks/run.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
         "machine": canary.describe_machine(),
+        "isa_cap": args.isa,
         "shape": args.shape,
-        "dtype": args.dtype,
-        "peers": [peer.name for peer in peers],
-        "versions": _versions(),
+        "kv_tokens": fleet.peers[0].setting.kv_tokens,
+        "peers": [peer.name for peer in fleet.peers],
+        "versions": versions(args),
     }
     try:
-        load = {
-            peer.name: peer.ask("load", model=str(model), dtype=args.dtype, threads=args.threads)
-            for peer in peers
-        }
-        report["load_seconds"] = {name: round(value["seconds"], 2) for name, value in load.items()}
-        report["agreement"] = agreement(peers, sizes["vocab_size"])
-        console.print("agreement", report["agreement"])
-        measure(peers, sizes["vocab_size"], ["batch1"])  # warm-up, not counted
-        for entries in rounds(peers, sizes["vocab_size"], args.workloads, args.rounds):
+        report["agreement"] = agreement(fleet, vocab)
+        console.print("agreement", report["agreement"], fleet.failed or "")
+        for entries in rounds(fleet, vocab, args.workloads, args.rounds):
+            report["load_seconds"] = {
+                peer.name: round(peer.loaded["seconds"], 2) for peer in fleet.alive()
+            }
+            report["flags"] = {
+                peer.name: peer.loaded["flags"] | peer.variables for peer in fleet.alive()
+            }
             # Rounds may take many minutes: what is measured is on disk.
-            report |= outcome(entries, args.rounds, sizes)
+            report |= outcome(entries, args, fleet)
             args.output.write_text(json.dumps(report, indent=1) + "\n")
     finally:
-        for peer in peers:
-            peer.close()
+        fleet.close()
     show(report)
 
 
-def outcome(entries: list[dict[str, Any]], count: int, sizes: dict[str, int]) -> dict[str, Any]:
-    """The quiet rounds in figures; all rounds, where the machine did not hold for `count`."""
-    kept = quiet(entries)
-    used = kept if len(kept) == count else entries
-    return {
-        "finished": len(kept) == count or len(entries) == 2 * count,
-        "rounds": len(used),
-        "noisy_rounds_used": len(used) - len(kept),
-        "noisy_rounds_dropped": len(entries) - len(used),
-        "limits": asdict(Limits(sizes, **entries[-1]["after"])),
-        "summary": summarise(used, sizes),
-        "raw": entries,
-    }
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("trimaran", "torch", "transformers")}
+def versions(args: argparse.Namespace) -> dict[str, str]:
+    """Our own packages, and those of the peers that name them."""
+    found = {name: version(name) for name in ("trimaran", "torch", "transformers")}
+    for engine in {spec.engine for spec in args.peers} - set(environments.AT_HOME):
+        listed = environments.installed(engine, args.isa, args.cache)
+        for package in environments.RECIPES[engine].packages:
+            name = package.split("==")[0]
+            found[name] = next(v for k, v in listed.items() if k.replace("_", "-") == name)
+    return found
 
 
 if __name__ == "__main__":

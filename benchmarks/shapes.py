@@ -1,6 +1,7 @@
 """Checkpoints with random weights in real shapes, for honest speed comparisons.
 
-Both engines read the same safetensors file, so that their outputs can be compared.
+Every engine reads the same safetensors file, or what was converted from it, so that their outputs
+can be compared.
 """
 
 from __future__ import annotations
@@ -70,24 +71,19 @@ def make_checkpoint(shape: str, cache: Path, dtype: torch.dtype = torch.bfloat16
     return target
 
 
-def num_body_parameters(sizes: dict[str, int]) -> int:
-    """Parameters every token passes through, the embedding table left out."""
+def layer_matrices(sizes: dict[str, int]) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices of one layer: q, k, v, o, gate, up, down."""
     hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
     query = sizes["num_attention_heads"] * sizes["head_dim"]
     kv = sizes["num_key_value_heads"] * sizes["head_dim"]
-    layer = hidden * (2 * query + 2 * kv) + 3 * hidden * inner
+    attention = [(query, hidden), (kv, hidden), (kv, hidden), (hidden, query)]
+    return [*attention, (inner, hidden), (inner, hidden), (hidden, inner)]
+
+
+def num_body_parameters(sizes: dict[str, int]) -> int:
+    """Parameters every token passes through, the embedding table left out."""
+    layer = sum(rows * columns for rows, columns in layer_matrices(sizes))
     return sizes["num_hidden_layers"] * layer
-
-
-def kv_bytes_per_token(sizes: dict[str, int], itemsize: int = 2) -> int:
-    """Bytes one token takes in the KV cache."""
-    heads = sizes["num_key_value_heads"] * sizes["head_dim"]
-    return 2 * sizes["num_hidden_layers"] * heads * itemsize
-
-
-def weight_bytes(sizes: dict[str, int], itemsize: int = 2) -> int:
-    """Bytes read by one decode step: the body and the tied head."""
-    return itemsize * (num_body_parameters(sizes) + sizes["hidden_size"] * sizes["vocab_size"])
 
 
 def _random_weights(sizes: dict[str, int], dtype: torch.dtype) -> dict[str, torch.Tensor]:

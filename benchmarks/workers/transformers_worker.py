@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
 import torch
-from protocol import serve
+from protocol import measurement, serve
 from transformers import AutoModelForCausalLM, StoppingCriteria
 
 STATE: dict[str, Any] = {}
@@ -24,13 +23,15 @@ class Clock(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool)
 
 
-def load(model: str, dtype: str, threads: int) -> dict[str, float]:
+def load(
+    model: str, threads: int, kv_tokens: int, max_len: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """`kv_tokens` and `max_len` have no counterpart: the cache grows with the batch."""
     torch.set_num_threads(threads)
+    flags = {"dtype": "bfloat16", "attn_implementation": "sdpa", **options}
     start = time.perf_counter()
-    STATE["model"] = AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-    ).eval()
-    return {"seconds": time.perf_counter() - start}
+    STATE["model"] = AutoModelForCausalLM.from_pretrained(model, **flags).eval()
+    return {"seconds": time.perf_counter() - start, "flags": flags}
 
 
 def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +45,7 @@ def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def run(prompts: list[list[int]], outputs: list[int], keep_prefix: bool = False) -> dict[str, Any]:
+def run(prompts: list[list[int]], outputs: list[int], keep_prefix: bool) -> dict[str, Any]:
     ids, mask = _padded(prompts)
     clock = Clock()
     start = time.perf_counter()
@@ -57,25 +58,22 @@ def run(prompts: list[list[int]], outputs: list[int], keep_prefix: bool = False)
         stopping_criteria=[clock],
         pad_token_id=0,
     )
-    return {
-        "seconds": time.perf_counter() - start,
-        # A static batch runs to its longest request; only what was asked for counts.
-        "output_tokens": sum(outputs),
-        "ttft": clock.times[0] - start,
-        "decode_seconds": clock.times[-1] - clock.times[0],
-        "cached_tokens": 0,
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    # A static batch runs to its longest request; only what was asked for counts.
+    seconds, decode = time.perf_counter() - start, clock.times[-1] - clock.times[0]
+    return measurement(seconds, sum(outputs), [clock.times[0] - start], [decode])
 
 
 @torch.inference_mode()
-def score(prompts: list[list[int]]) -> list[dict[str, float]]:
+def score(prompts: list[list[int]]) -> list[dict[str, Any]]:
     answers = []
     for prompt in prompts:
-        logits = STATE["model"](torch.tensor([prompt]), logits_to_keep=1).logits[0, -1].float()
-        logprobs = logits.log_softmax(-1)
-        token = int(logprobs.argmax())
-        answers.append({"token": token, "logprob": float(logprobs[token])})
+        ids = torch.tensor([prompt])
+        logprobs = STATE["model"](ids).logits[0].float().log_softmax(-1)
+        token = int(logprobs[-1].argmax())
+        given = logprobs[:-1].gather(1, ids.T[1:]).flatten().tolist()
+        answers.append(
+            {"token": token, "logprob": float(logprobs[-1, token]), "prompt_logprobs": given}
+        )
     return answers
 
 
