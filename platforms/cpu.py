@@ -51,6 +51,7 @@ class CpuPlatform(Platform):
         return Capabilities(
             dtypes={"float32": "native", "bfloat16": bfloat16, "float16": "emulated"},
             kv_dtypes=("float32", "bfloat16", "float16"),
+            weight_formats=tuple(packer.format for packer in packers()),
             isa=host.isa(flags),
             unified_memory=True,
         )

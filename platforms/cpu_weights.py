@@ -8,14 +8,20 @@ from collections.abc import Mapping, Sequence
 from ..kernels_cpu.library import unavailable
 from .cpu_dense import NATIVE, DenseLinear, LinearKernel, NativeDensePacker, NativeLinear
 from .cpu_linear import CpuDensePacker, Linear
+from .cpu_quantized import NATIVE_INT8, CpuInt8Packer, Int8Linear
 from .interface import OpImpl, WeightPacker
 
-KERNELS: Mapping[str, LinearKernel] = {NATIVE: DenseLinear()}
+KERNELS: Mapping[str, LinearKernel] = {
+    NATIVE: DenseLinear(),
+    NATIVE_INT8: Int8Linear(),
+}
 """By the format of a packed weight."""
 
 
 def packers() -> Sequence[WeightPacker]:
-    return (CpuDensePacker(),) if unavailable() else (NativeDensePacker(),)
+    if unavailable():
+        return (CpuDensePacker(),)
+    return NativeDensePacker(), CpuInt8Packer()
 
 
 def linear() -> OpImpl:

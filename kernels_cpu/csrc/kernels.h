@@ -1,6 +1,7 @@
 // All kernels for one instruction set, and the table of them. Included by each isa_*.cpp.
 #pragma once
 #include "linear.h"
+#include "quantized.h"
 
 namespace trimaran::ISA {
 

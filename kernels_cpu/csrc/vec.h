@@ -148,6 +148,96 @@ INLINE vf dot_pairs(vf c, uint32_t a, vu b) {
 }
 #endif
 
+// ---------------------------------------------------------------------------------------------
+// Integers of 8 and 16 bits, 4 * W and 2 * W in a vector, and their products
+// ---------------------------------------------------------------------------------------------
+
+typedef int8_t vs8 __attribute__((vector_size(W * 4)));
+typedef uint8_t vu8 __attribute__((vector_size(W * 4)));
+typedef int16_t vs16 __attribute__((vector_size(W * 4)));
+typedef int64_t vs64 __attribute__((vector_size(W * 4)));
+typedef uint8_t vu8_any __attribute__((vector_size(W * 4), aligned(1), may_alias));
+typedef int16_t half_s16 __attribute__((vector_size(W * 2), aligned(1), may_alias));
+
+INLINE vu8 load_bytes(const void* p) { return *(const vu8_any*)p; }
+INLINE vs16 load_words(const int8_t* p) {  // gcc's own conversion goes by four instructions
+    vs16 words;
+    for (int i = 0; i < W / 8; i++) {
+        const __m256i part = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16 * i)));
+        __builtin_memcpy((int16_t*)&words + 16 * i, &part, sizeof part);
+    }
+    return words;
+}
+
+// The 4 or 8 bytes at p, in all lanes.
+INLINE vi splat4(const void* p) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, p, 4);
+    return bytes - vi{};
+}
+INLINE vs64 splat8(const void* p) {
+    int64_t bytes;
+    __builtin_memcpy(&bytes, p, 8);
+    return bytes - vs64{};
+}
+
+// To the nearest integer, ties to even; |x| < 2^22.
+INLINE vi nearest(vf x) {
+    const vf ones = splat(12582912.0f);  // 1.5 * 2^23: the last place is 1
+    return (vi)(x + ones) - (vi)ones;
+}
+
+// One element of a vector of sums from two neighbours: a's pairs, then b's.
+INLINE vi add_pairs(vi a, vi b) {
+#ifdef TRIMARAN_WIDE
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#endif
+}
+
+#if defined(TRIMARAN_WIDE) && !defined(TRIMARAN_EMULATED)
+// a0 * b0 + a1 * b1 of each pair of 16-bit integers.
+INLINE vi multiply_words(vs16 a, vs16 b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+// The same of bytes; the sum must fit 16 bits.
+INLINE vs16 multiply_bytes(vu8 a, vs8 b) {
+    return (vs16)_mm512_maddubs_epi16((__m512i)a, (__m512i)b);
+}
+#else
+template <class T, class A, class B, class Product>
+INLINE T by_parts(A a, B b, Product product) {
+    T result;
+    for (int i = 0; i < W / 8; i++) {
+        __m256i x, y;
+        __builtin_memcpy(&x, (const char*)&a + 32 * i, 32);
+        __builtin_memcpy(&y, (const char*)&b + 32 * i, 32);
+        x = product(x, y);
+        __builtin_memcpy((char*)&result + 32 * i, &x, 32);
+    }
+    return result;
+}
+INLINE vi multiply_words(vs16 a, vs16 b) {
+    return by_parts<vi>(a, b, [](__m256i x, __m256i y) { return _mm256_madd_epi16(x, y); });
+}
+INLINE vs16 multiply_bytes(vu8 a, vs8 b) {
+    return by_parts<vs16>(a, b, [](__m256i x, __m256i y) { return _mm256_maddubs_epi16(x, y); });
+}
+#endif
+
+#ifdef TRIMARAN_VNNI
+// c + the sum of the products of four bytes each.
+INLINE vi dot_bytes(vi c, vu8 a, vs8 b) {
+#ifdef TRIMARAN_EMULATED
+    const vs16 a_odd = (vs16)a >> 8 & 0xff, b_odd = (vs16)b >> 8, b_even = (vs16)b << 8 >> 8;
+    return c + multiply_words((vs16)a & 0xff, b_even) + multiply_words(a_odd, b_odd);
+#else
+    return (vi)_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#endif
+}
+#endif
+
 // Runs `body` with a null pointer to the element type of a call; `Bare<decltype(it)>` is the type.
 template <class P>
 struct Bare;

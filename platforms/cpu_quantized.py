@@ -1,0 +1,84 @@
+"""Linear layers with weights in 8 and 4 bits by the native kernels, and their packed layouts.
+
+The kernels round each token to int8 as well (W8A8, W4A8), so that all products are of integers and
+their sums exact. A token that holds a NaN or an infinity comes out as NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..kernels_cpu.library import Call, library
+from .cpu_dense import PANEL
+from .cpu_native import Operand
+from .host_device import huge_pages
+from .interface import INT8, PackedWeight, WeightPacker
+
+NATIVE_INT8 = "native_int8"
+"""Format of int8 weights in panels (csrc/quantized.h): codes, scales of the outputs, and -128 times
+the sum of each output's codes; edges are filled up with zeros."""
+DEPTH = 64
+"""Inputs that a panel of int8 is filled up to a multiple of."""
+MOST_INPUTS = 1 << 16
+"""So many products of codes are summed in 32 bits, and a tile of tokens fits the scratch."""
+
+
+class CpuInt8Packer(WeightPacker):
+    format = INT8
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+        """Raises ValueError where there are more than MOST_INPUTS inputs."""
+        _check_inputs(shape)
+        codes = _rows(tensors["codes"])
+        outputs, inputs = _filled(shape, DEPTH)
+        packed = huge_pages((outputs * inputs,), torch.int8)
+        scales = torch.zeros(outputs)
+        scales[: shape[0]] = tensors["scales"]
+        corrections = torch.empty(outputs, dtype=torch.int32)
+        native = library()
+        call = native.call("pack_int8", torch.int8)
+        call.input[0] = codes.data_ptr()
+        call.output[0:2] = [packed.data_ptr(), corrections.data_ptr()]
+        call.n[0:3] = [*shape, codes.stride(0)]
+        native.run_one(call)
+        made = (packed, scales, corrections)
+        return PackedWeight(NATIVE_INT8, shape, made, self.packed_bytes(torch.int8, shape))
+
+    def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int:
+        outputs, inputs = _filled(shape, DEPTH)
+        return outputs * (inputs + 4 + 4)
+
+
+class Int8Linear:
+    """int8 weights by tokens rounded to int8; see `cpu_dense.LinearKernel`."""
+
+    kernel = "linear_int8"
+
+    def fill(
+        self, call: Call, y: Operand, x: Operand, weight: PackedWeight, bias: Tensor | None
+    ) -> None:
+        call.input[0:4] = [x.address, *(tensor.data_ptr() for tensor in weight.tensors)]
+        call.input[4] = None if bias is None else bias.data_ptr()
+        call.output[0] = y.address
+        call.n[0:4] = [*weight.shape, x.strides[0], y.strides[0]]
+
+
+def _check_inputs(shape: tuple[int, int]) -> None:
+    if shape[1] > MOST_INPUTS:
+        raise ValueError(
+            f"A linear layer with {shape[1]} inputs is not multiplied in int8, only up to "
+            f"{MOST_INPUTS}; keep it unquantized."
+        )
+
+
+def _rows(codes: Tensor) -> Tensor:
+    return codes if codes.stride(1) == 1 else codes.contiguous()
+
+
+def _filled(shape: tuple[int, int], depth: int) -> tuple[int, int]:
+    """Outputs and inputs as they are packed."""
+    return math.ceil(shape[0] / PANEL) * PANEL, math.ceil(shape[1] / depth) * depth
