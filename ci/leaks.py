@@ -19,8 +19,13 @@ from sources import in_package, repository_files
 SHARED_FOLDERS = ("core", "server")
 ENVIRONMENT_FILE = Path("core/env.py")
 # Drivers hide devices by variables of their own, which must be known before a driver is started;
-# platforms cannot import the core.
-DRIVER_ENVIRONMENT_FILE = Path("platforms/visible.py")
+# platforms cannot import the core, and kernels nothing of ours. The compiler's is read when the
+# package is built.
+OTHER_ENVIRONMENT_FILES = (
+    Path("platforms/visible.py"),
+    Path("kernels_cpu/library.py"),
+    Path("kernels_cpu/build.py"),
+)
 MAX_ENVIRONMENT_VARIABLES = 10
 CONCRETE_PLATFORMS = frozenset({"cpu", "cuda", "rocm", "strict"})
 TORCH_FREE = ("core/kv", "core/request", "core/scheduler")
@@ -262,7 +267,7 @@ RULES: tuple[tuple[Callable[[Source], bool], Callable[[Source], Iterator[Finding
     (lambda source: True, pickles),
     (lambda source: True, swallowed_errors),
     (
-        lambda source: source.name not in (ENVIRONMENT_FILE, DRIVER_ENVIRONMENT_FILE),
+        lambda source: source.name not in (ENVIRONMENT_FILE, *OTHER_ENVIRONMENT_FILES),
         environment_reads,
     ),
     (lambda source: source.name == ENVIRONMENT_FILE, environment_variables),

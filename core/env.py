@@ -1,4 +1,4 @@
-"""Every environment variable that the package reads, typed, in one place."""
+"""Every environment variable of the package's own, and reading those that are not a platform's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from dataclasses import dataclass
 
 from .errors import ConfigError
 
+VARIABLES = {
+    "TRIMARAN_API_KEY": "accepted API keys, separated by commas",
+    "TRIMARAN_LOG_LEVEL": "debug, info, warning or error",
+    "TRIMARAN_CPU_ISA": "the highest instruction set that kernels use (kernels_cpu/library.py)",
+    "TRIMARAN_CPU_LIBRARY": "another build of the kernels to load (kernels_cpu/library.py)",
+}
+"""Name → what it says. Those of kernels are read there, which import nothing of ours. What begins
+with HF_ is the hub library's own business."""
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What the environment says.
-
-    `api_keys` (TRIMARAN_API_KEY): accepted API keys, separated by commas. `log_level`
-    (TRIMARAN_LOG_LEVEL). What begins with HF_ is the hub library's own business.
-    """
+    """What the environment says; the fields are named like their variables."""
 
     api_keys: tuple[str, ...] = ()
     log_level: str | None = None

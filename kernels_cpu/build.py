@@ -7,14 +7,19 @@ linker, so that the library uses the pool of the OpenMP runtime that torch has l
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+Flags = Mapping[str, Sequence[str]]
 
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY = "native.so"
@@ -34,8 +39,9 @@ COMMON = [
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, *["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]]
 _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
-FLAGS = {
+FLAGS: Flags = {
     "run": ["-fopenmp"],
+    "collective": [*_AVX2, "-fopenmp"],
     "isa_avx2": _AVX2,
     "isa_avx512": [*_AVX512, "-mprefer-vector-width=512"],
     "isa_avx512_bf16": [*_AVX512_BF16, "-mprefer-vector-width=512"],
@@ -46,12 +52,14 @@ FLAGS = {
 }
 """Flags by object; each is compiled from the source of its name."""
 
-EMULATED = {
-    name: [*_AVX2, "-DTRIMARAN_EMULATED"] if name.startswith("isa_") else flags
-    for name, flags in FLAGS.items()
+EMULATED: Flags = {
+    name: [*(_AVX2 if name.startswith("isa_") else own), "-DTRIMARAN_EMULATED", "-Wno-psabi", "-O1"]
+    for name, own in FLAGS.items()
 }
 """The same sources for a processor with AVX2 alone: what wider sets compute, without their
 instructions. For tests."""
+ERROR_SHOWN = 4000  # characters of a compiler's
+SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"]
 
 
 class BuildError(RuntimeError):
@@ -70,34 +78,66 @@ def compiler() -> list[str]:
 def build(
     target: Path,
     work: Path,
-    flags: dict[str, list[str]] | None = None,
+    flags: Flags = FLAGS,
     extra: Sequence[str] = (),
+    program: Path | None = None,
 ) -> None:
-    """Compile the objects into `work`, as many at once as there are cores, and link `target`.
-    `extra`: further flags for compiler and linker. Raises BuildError."""
+    """Compile the objects into `work`, as many at once as there are cores, and link `target`: a
+    library, or with the source of a `program` that, with an OpenMP runtime of its own. `extra`:
+    further flags for compiler and linker. Raises BuildError."""
     command = compiler()
     work.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    sources = {SOURCES / f"{name}.cpp": own for name, own in flags.items()}
+    if program:
+        sources[program] = [f"-I{SOURCES}"]
 
-    def compile_one(name: str, own: list[str]) -> Path:
-        made = work / f"{name}.o"
-        source = SOURCES / f"{name}.cpp"
-        _run([*command, *COMMON, *own, *extra, "-c", str(source), "-o", str(made)])
+    def compile_one(source: Path, own: Sequence[str]) -> str:
+        made = str(work / f"{source.stem}.o")
+        _run([*command, *COMMON, *own, *extra, "-c", str(source), "-o", made])
         return made
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda item: compile_one(*item), (flags or FLAGS).items()))
+        objects = list(pool.map(lambda item: compile_one(*item), sources.items()))
     partial = target.with_suffix(f".{os.getpid()}")
-    _run([*command, "-shared", *extra, *map(str, objects), "-o", str(partial)])
+    _run([*command, "-fopenmp" if program else "-shared", *extra, *objects, "-o", str(partial)])
     partial.replace(target)
+
+
+def built(
+    cache: Path, flags: Flags = FLAGS, extra: Sequence[str] = (), program: Path | None = None
+) -> Path:
+    """What `build` makes, made once: a file in `cache` named by a hash of all that goes into it.
+    Raises BuildError."""
+    headers = [SOURCES, *([program.parent] if program else [])]
+    sources = sorted(path for folder in headers for path in folder.iterdir() if path.is_file())
+    digest = hashlib.sha256(repr((compiler(), COMMON, flags, extra, program)).encode())
+    for path in sources:
+        digest.update(path.read_bytes())
+    target = cache / f"{digest.hexdigest()[:16]}{'' if program else '.so'}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory() as work:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests side by side build one library once
+        if not target.exists():
+            build(target, Path(work), flags, extra, program)
+    return target
 
 
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise BuildError(f"{shlex.join(command)}\n{done.stderr.strip()}")
+        raise BuildError(f"{shlex.join(command)}\n{done.stderr.strip()[:ERROR_SHOWN]}")
 
 
-if __name__ == "__main__":  # python -m trimaran.kernels_cpu.build: again, after a change
+def main() -> None:
+    """`python -m trimaran.kernels_cpu.build` builds the package's library again, after a change;
+    with `emulated CACHE`, the emulated one, and prints its path."""
+    if sys.argv[1:2] == ["emulated"]:
+        print(built(Path(sys.argv[2]), EMULATED))
+        return
     with tempfile.TemporaryDirectory() as directory:
         build(Path(__file__).parent / LIBRARY, Path(directory))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,10 +13,14 @@ import torch
 
 from .build import LIBRARY
 
+VERSION = 1
+"""Of the calls and the packed layouts; `VERSION` in csrc/abi.h."""
 ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
 """In rising order; the library's own numbers."""
 CAP = "TRIMARAN_CPU_ISA"
 """Environment variable: the highest instruction set to use."""
+OTHER = "TRIMARAN_CPU_LIBRARY"
+"""Environment variable: another build of the library to load."""
 SCRATCH_BYTES = 2 << 20
 """For each thread: rows of activations as a kernel multiplies them."""
 
@@ -63,15 +67,37 @@ class Library:
             self._native = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailable(f"the native kernels do not load: {error}") from None
+        self._refuse_another_version(path)
         self._native.trimaran_kernel_name.restype = ctypes.c_char_p
-        self._native.trimaran_call_bytes.restype = ctypes.c_int64
-        if self._native.trimaran_call_bytes() != ctypes.sizeof(Call):
-            raise NativeUnavailable(f"{path.name} is of another version: build it again")
+        self._native.trimaran_count.restype = ctypes.c_int64
+        self.emulated = bool(self._native.trimaran_emulated())
         self.detected = ISAS[self._native.trimaran_isa()]
         self.isa = _capped(self.detected, cap)
         self._isa = ISAS.index(self.isa)
         self._kernels = self._names()
         self._local = threading.local()
+
+    @property
+    def about(self) -> str:
+        """The instruction set for people."""
+        return f"{self.isa} (emulated)" if self.emulated else self.isa
+
+    def count(self, kernel: str, isa: str) -> int:
+        """How often this process has run a kernel by an instruction set."""
+        count: int = self._native.trimaran_count(ISAS.index(isa), self._kernels[kernel])
+        return count
+
+    def _refuse_another_version(self, path: Path) -> None:
+        try:
+            version, size = self._native.trimaran_version(), self._native.trimaran_call_bytes()
+        except AttributeError:  # not this library, or from before it had a version
+            version, size = None, None
+        if (version, size) != (VERSION, ctypes.sizeof(Call)):
+            raise NativeUnavailable(
+                f"{path} is of version {version} with calls of {size} bytes, and this package needs "
+                f"{VERSION} with {ctypes.sizeof(Call)}: build it again "
+                "(python -m trimaran.kernels_cpu.build)"
+            )
 
     def _names(self) -> dict[str, int]:
         names: dict[str, int] = {}
@@ -122,9 +148,11 @@ def _capped(detected: str, cap: str | None) -> str:
 @functools.cache
 def library() -> Library:
     """The library of this installation, loaded once. Raises NativeUnavailable."""
-    path = Path(__file__).parent / LIBRARY
+    other = os.environ.get(OTHER)
+    path = Path(other) if other else Path(__file__).parent / LIBRARY
     if not path.exists():
-        raise NativeUnavailable("the native kernels were not built (no g++ at installation)")
+        why = f"{OTHER} names it" if other else "no g++ at installation"
+        raise NativeUnavailable(f"the native kernels were not built: no {path.name} ({why})")
     return Library(path, os.environ.get(CAP))
 
 

@@ -9,7 +9,11 @@
 
 namespace trimaran {
 
-// The order is that of `KERNELS` in kernels_cpu/library.py, which is checked at load.
+// Raised with every change of `Call`, of what a kernel's arguments mean, or of a packed layout:
+// Python refuses a library of another version. `VERSION` in kernels_cpu/library.py.
+constexpr int32_t VERSION = 1;
+
+// Python learns names and numbers from the library itself.
 enum class Kernel : int32_t {
 #define TRIMARAN_KERNEL(name) name,
 #include "kernels.def"
@@ -40,6 +44,9 @@ struct Run {
     int64_t scratch_bytes;
     int32_t num_threads;
 };
+
+// What a thread's scratch memory has at least; `SCRATCH_BYTES` in kernels_cpu/library.py.
+constexpr int64_t SCRATCH_BYTES = 2 << 20;
 
 // A thread's view of a run. `next` hands out work items of the current call to whichever thread
 // asks first; kernels that use it give the same results whoever takes which item.

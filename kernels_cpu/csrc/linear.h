@@ -5,10 +5,12 @@
 // instruction set.
 #pragma once
 #include "tile.h"
+#ifdef TRIMARAN_AMX
+#include "linear_tiles.h"
+#endif
 
 namespace trimaran::ISA {
 
-constexpr int64_t PANEL = 32;
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // most bytes of A at once
 constexpr int64_t BLOCK_ROWS = 144;
 constexpr int64_t CHUNK = 512;      // of K, that a panel is widened in
@@ -53,16 +55,20 @@ static void pack_dense(const Call& call, const Team& team) {
 // Multiplying
 // ---------------------------------------------------------------------------------------------
 
-// A thread's share of a product [rows, N]: all rows of a few panels; where there are more threads
-// than panels, several threads share panels and divide the rows.
+// A thread's share of a product [rows, N]: all rows of a few panels. The rows are divided too where
+// each thread keeps `enough` of them, at multiples of `grain`, and where there are more threads than
+// panels.
 struct Share {
     Range rows, panels;
 };
-INLINE Share share_of(int64_t rows, int64_t num_panels, const Team& team) {
-    const int64_t across = min(team.num_threads, num_panels);
-    const int64_t down = team.num_threads / across;
+INLINE Share share_of(int64_t rows, int64_t num_panels, const Team& team, int64_t grain = MAX_ROWS,
+                      int64_t enough = INT64_MAX) {
+    int64_t down = min(max(rows / enough, 1), team.num_threads);
+    while (team.num_threads % down) down--;
+    const int64_t across = min(team.num_threads / down, num_panels);
+    down = team.num_threads / across;
     if (team.thread >= across * down) return {{0, 0}, {0, 0}};
-    return {part_of(rows, team.thread / across, down, MAX_ROWS),
+    return {part_of(rows, team.thread / across, down, grain),
             part_of(num_panels, team.thread % across, across)};
 }
 
@@ -99,7 +105,7 @@ INLINE void multiply_panel(const A* a, int64_t lda, int64_t rows, const B* panel
         return product(a, lda, rows, panel, PANEL, PANEL, k_size, c, PANEL);
     for (int64_t k = 0; k < k_size; k += CHUNK) {
         const int64_t size = min(CHUNK, k_size - k);
-        widen_rows(panel + k * PANEL, size / P, wide);
+        widen_rows(panel + k * PANEL, (size + P - 1) / P, wide);
         product((const float*)a + k, lda, rows, (const float*)wide, PANEL, PANEL, size, c, PANEL, k > 0);
     }
 }
@@ -115,35 +121,90 @@ static void write_row(T* y, const float* c, int64_t columns, const T* bias) {
     }
 }
 
+// A product and where it lies.
+template <class B>
+struct Dense {
+    const B *x, *packed, *bias;
+    B* y;
+    int64_t n_size, k_size, x_stride, y_stride;
+
+    explicit Dense(const Call& call)
+        : x((const B*)call.in[0]), packed((const B*)call.in[1]), bias((const B*)call.in[2]),
+          y((B*)call.out[0]), n_size(call.n[0]), k_size(call.n[1]), x_stride(call.n[2]),
+          y_stride(call.n[3]) {}
+
+    int64_t panels() const { return up(n_size, PANEL) / PANEL; }
+    const B* panel(int64_t index) const { return packed + index * panel_elements<B>(k_size); }
+
+    // `sums`: of a row with a panel.
+    void write(int64_t row, int64_t panel, const float* sums) const {
+        const int64_t origin = panel * PANEL;
+        write_row(y + row * y_stride + origin, sums, min(PANEL, n_size - origin),
+                  bias ? bias + origin : bias);
+    }
+};
+
+template <class B>
+static void dense_by_vectors(const Dense<B>& dense, const Team& team, int64_t num_rows) {
+    using A = typename Factor<B>::type;
+    const Share share = share_of(num_rows, dense.panels(), team);
+    const int64_t k_size = dense.k_size, k_padded = up(k_size, PairsOf<B>::value);
+    const int64_t lda = k_padded + SHIFT;
+    float* c = (float*)team.scratch;
+    float* wide = c + BLOCK_ROWS * PANEL;
+    A* a = (A*)(wide + CHUNK * PANEL);
+    const int64_t room = min(BLOCK_BYTES / (lda * (int64_t)sizeof(A)) / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
+    const int64_t block = max(room, 1);
+    for (int64_t first = share.rows.begin; first < share.rows.end; first += block) {
+        const int64_t rows = min(block, share.rows.end - first);
+        for (int64_t row = 0; row < rows; row++)
+            widen(dense.x + (first + row) * dense.x_stride, k_size, k_padded, a + row * lda);
+        for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++) {
+            multiply_panel(a, lda, rows, dense.panel(panel), k_size, c, wide);
+            for (int64_t row = 0; row < rows; row++) dense.write(first + row, panel, c + row * PANEL);
+        }
+    }
+}
+
+#ifdef TRIMARAN_AMX
+static void dense_by_tiles(const Dense<bf16>& dense, const Team& team, int64_t num_rows) {
+    const Share share = share_of(num_rows, dense.panels(), team, 2 * TILE_ROWS, TILE_SHARE_ROWS);
+    const int64_t num_own = share.rows.end - share.rows.begin, k_size = dense.k_size;
+    if (!num_own) return;
+    const TileScratch scratch(team);
+    const bool staging = needs_staging(num_own, k_size);
+    const int64_t most = rows_of_block(k_size, staging), blocks = (num_own + most - 1) / most;
+    tile_configure();
+    for (int64_t block = 0; block < blocks; block++) {
+        const Range part = part_of(num_own, block, blocks, TILE_ROWS);
+        const int64_t first = share.rows.begin + part.begin, count = part.end - part.begin;
+        const bf16* x = dense.x + first * dense.x_stride;
+        const TileRows rows = staging ? stage(x, dense.x_stride, count, k_size, scratch.staged)
+                                      : TileRows{x, dense.x_stride, count};
+        for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++)
+            tiles_by_panel(rows, dense.panel(panel), k_size, scratch, [&](int64_t tile, const float* c) {
+                const int64_t origin = rows.first_of(tile), end = min(TILE_ROWS, count - origin);
+                for (int64_t row = tile * TILE_ROWS - origin; row < end; row++)
+                    dense.write(first + origin + row, panel, c + row * PANEL);
+            });
+    }
+    tile_release();
+}
+#endif
+
 // in: x [rows, K], packed weight, bias [N] or null, all of `element`. out: y [rows, N].
 // n: N, K, row stride of x, row stride of y.
 static void linear_dense(const Call& call, const Team& team) {
-    const int64_t n_size = call.n[0], k_size = call.n[1], x_stride = call.n[2], y_stride = call.n[3];
-    const Share share = share_of(rows_of(call, team), up(n_size, PANEL) / PANEL, team);
+    const int64_t num_rows = rows_of(call, team);
     with_element(call.element, [&](auto* of_type) {
         using B = typename Bare<decltype(of_type)>::type;
-        using A = typename Factor<B>::type;
-        const B *x = (const B*)call.in[0], *packed = (const B*)call.in[1];
-        const B* bias = (const B*)call.in[2];
-        B* y = (B*)call.out[0];
-        float* c = (float*)team.scratch;
-        float* wide = c + BLOCK_ROWS * PANEL;
-        A* a = (A*)(wide + CHUNK * PANEL);
-        const int64_t k_padded = up(k_size, PairsOf<B>::value), lda = k_padded + SHIFT;
-        const int64_t fit = BLOCK_BYTES / (lda * (int64_t)sizeof(A)) / MAX_ROWS * MAX_ROWS;
-        const int64_t block = min(max(fit, (int64_t)MAX_ROWS), BLOCK_ROWS);
-        for (int64_t first = share.rows.begin; first < share.rows.end; first += block) {
-            const int64_t rows = min(block, share.rows.end - first);
-            for (int64_t row = 0; row < rows; row++)
-                widen(x + (first + row) * x_stride, k_size, k_padded, a + row * lda);
-            for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++) {
-                const int64_t origin = panel * PANEL, columns = min(PANEL, n_size - origin);
-                multiply_panel(a, lda, rows, packed + origin * k_padded, k_padded, c, wide);
-                for (int64_t row = 0; row < rows; row++)
-                    write_row(y + (first + row) * y_stride + origin, c + row * PANEL, columns,
-                              bias ? bias + origin : bias);
-            }
-        }
+        const Dense<B> dense(call);
+#ifdef TRIMARAN_AMX
+        if constexpr (PairsOf<B>::value == 2)
+            if (num_rows >= TILES_FROM && fits_tiles(dense.k_size))
+                return dense_by_tiles(dense, team, num_rows);
+#endif
+        dense_by_vectors(dense, team, num_rows);
     });
 }
 

@@ -39,6 +39,12 @@ uint64_t enabled_state() {
     return (uint64_t)high << 32 | low;
 }
 
+#ifdef TRIMARAN_EMULATED
+constexpr int EMULATED = 1;
+#else
+constexpr int EMULATED = 0;
+#endif
+
 int detect() {
     unsigned a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
@@ -47,6 +53,7 @@ int detect() {
     const uint64_t state = enabled_state();
     if (~state & AVX_STATE || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     if (~b & 1u << 5) return 0;  // AVX2
+    if (EMULATED) return AMX;    // all of them are compiled for AVX2
     const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     if (~b & wide || ~state & AVX512_STATE) return AVX2;
     const bool vnni = c & 1u << 11, amx = d & 1u << 24 && d & 1u << 25 && d & 1u << 22;
@@ -109,15 +116,21 @@ int64_t next_of(void* state) {
     return __atomic_fetch_add(&worker.shared->taken[worker.call & 1], 1, __ATOMIC_RELAXED);
 }
 
-void work(const Call* calls, int count, const Run& run, const KernelFn* table, int thread,
-          int num_threads, Shared& shared) {
+// Calls of each kernel by each instruction set, for tests of which one ran.
+int64_t counts[AMX + 1][(int)Kernel::count];
+
+void work(const Call* calls, int count, const Run& run, int isa, int thread, int num_threads,
+          Shared& shared) {
     Worker worker{&shared, 0, num_threads};
     const Team team{&run, thread, num_threads, run.scratch + thread * run.scratch_bytes,
                     barrier_of, next_of, &worker};
     for (int i = 0; i < count; i++) {
         worker.call = i;
-        table[calls[i].kernel](calls[i], team);
-        if (thread == 0) shared.taken[(i + 1) & 1] = 0;
+        TABLES[isa][calls[i].kernel](calls[i], team);
+        if (thread == 0) {
+            shared.taken[(i + 1) & 1] = 0;
+            __atomic_fetch_add(&counts[isa][calls[i].kernel], 1, __ATOMIC_RELAXED);
+        }
         wait_at(shared.barrier, num_threads);
     }
 }
@@ -140,13 +153,21 @@ EXPORT const char* trimaran_kernel_name(int kernel) {
 }
 
 EXPORT int64_t trimaran_call_bytes() { return sizeof(Call); }
+EXPORT int trimaran_version() { return VERSION; }
+
+// Whether the wide instruction sets are emulated: as right, but much slower. For tests.
+EXPORT int trimaran_emulated() { return EMULATED; }
+
+// How often the library has run a kernel by an instruction set.
+EXPORT int64_t trimaran_count(int isa, int kernel) {
+    return __atomic_load_n(&counts[isa][kernel], __ATOMIC_RELAXED);
+}
 
 // Runs `count` calls with `run->num_threads` threads and the kernels of `isa`, which must not be
 // above `trimaran_isa()`.
 EXPORT void trimaran_run(const Call* calls, int count, const Run* run, int isa) {
-    const KernelFn* table = TABLES[isa];
     Shared shared{};
-    if (run->num_threads == 1) return work(calls, count, *run, table, 0, 1, shared);
+    if (run->num_threads == 1) return work(calls, count, *run, isa, 0, 1, shared);
 #pragma omp parallel num_threads(run->num_threads)
-    work(calls, count, *run, table, omp_get_thread_num(), omp_get_num_threads(), shared);
+    work(calls, count, *run, isa, omp_get_thread_num(), omp_get_num_threads(), shared);
 }

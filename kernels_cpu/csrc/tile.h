@@ -10,6 +10,8 @@
 
 namespace trimaran::ISA {
 
+constexpr int64_t PANEL = 32;  // columns of a packed panel of weights
+
 // Rows and vectors of columns that fit the registers: 16 with AVX2, 32 with AVX-512.
 #ifdef TRIMARAN_WIDE
 constexpr int MAX_ROWS = 12;

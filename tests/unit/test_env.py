@@ -1,8 +1,12 @@
 """The environment, read in one place."""
 
+import re
+from pathlib import Path
+
 import pytest
 
-from trimaran.core.env import Environment, read_environment
+import trimaran
+from trimaran.core.env import VARIABLES, Environment, read_environment
 from trimaran.core.errors import ConfigError
 
 
@@ -22,3 +26,16 @@ def test_values_are_typed():
 def test_a_wrong_value_names_its_variable():
     with pytest.raises(ConfigError, match="TRIMARAN_LOG_LEVEL"):
         read_environment({"TRIMARAN_LOG_LEVEL": "loud"})
+
+
+def test_every_variable_that_the_package_names_is_listed():
+    package = Path(trimaran.__file__).parent
+    folders = ("cli", "conformance", "core", "kernels_cpu", "kernels_cuda", "platforms", "server")
+    sources = [path for folder in folders for path in (package / folder).rglob("*.py")]
+    named = {
+        name
+        for path in sources
+        for name in re.findall(r'"(TRIMARAN_[A-Z_]+)"', path.read_text(encoding="utf-8"))
+    }
+    assert named == set(VARIABLES)
+    assert len(named) <= 10
