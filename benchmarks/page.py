@@ -300,7 +300,8 @@ def about(file: Path, report: Report) -> Iterator[str]:
     isa = ", ".join(machine["isa"])
     yield (
         f"{machine['cpu']}, {machine['cores']} cores ({isa}){cap}, {report['shape']}, "
-        f"{report['rounds']} rounds ({report['noisy_rounds_used']} noisy), {report['date']}; "
+        f"{report['rounds']} rounds ({report['noisy_rounds_used']} noisy), {report['date']}, "
+        f"commit {report['commit']}; "
         f"read {report['limits']['read_gb_s']:.1f} GB/s, "
         f"GEMM {report['limits']['gemm_gflop_s']:.0f} GFLOP/s.\n"
     )

@@ -62,9 +62,8 @@ def _bars(axis: Any, report: dict[str, Any], name: str) -> None:
             width=0.7,
             color="tab:blue" if ours else "tab:gray",
         )
-        axis.annotate(
-            f"{value['median']:.3g}", (position, value["median"]), ha="center", va="bottom"
-        )
+        text = f"{value['median']:{',.0f' if value['median'] >= 100 else '.3g'}}"
+        axis.annotate(text, (position, value["median"]), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
     axis.margins(y=0.15)
 

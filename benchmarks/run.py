@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -70,10 +71,11 @@ def rounds(
 ) -> Iterator[list[dict[str, Any]]]:
     """All rounds so far, after each of them, until `count` have held; at most twice as many."""
     entries: list[dict[str, Any]] = []
+    isa = fleet.peers[0].setting.isa
     while len(quiet(entries)) < count and len(entries) < 2 * count:
-        before = canary.canary()
+        before = canary.canary(isa)
         results = measure(fleet, vocab, names, seed=len(entries))
-        after = canary.canary()
+        after = canary.canary(isa)
         held = not canary.moved(before, after)
         entries.append({"before": before, "after": after, "held": held, "results": results})
         seconds = {
@@ -108,21 +110,20 @@ def outcome(entries: list[dict[str, Any]], args: argparse.Namespace, fleet: Flee
 
 
 def show(report: dict[str, Any]) -> None:
-    noisy = report["noisy_rounds_used"]
-    title = f"{report['shape']}, {report['rounds']} rounds"
-    table = Table(title=title + (f", {noisy} of them noisy" if noisy else ""))
-    for column in ("workload", "figure", *report["peers"]):
-        table.add_column(column)
+    noisy = f", {report['noisy_rounds_used']} noisy" if report["noisy_rounds_used"] else ""
     for name, summary in report["summary"].items():
         by_peer = {peer: summary[peer] for peer in report["peers"] if peer in summary}
-        for figure in dict.fromkeys(key for found in by_peer.values() for key in found):
-            spreads = [by_peer.get(peer, {}).get(figure) for peer in report["peers"]]
-            cells = ["{median:.4g} ({min:.4g}–{max:.4g})".format(**s) if s else "" for s in spreads]
-            table.add_row(name, figure, *cells)
+        columns = list(dict.fromkeys(key for found in by_peer.values() for key in found))
         ratios = summary.get("speed_of_ours_over", {})
-        cells = [f"{ratios[p]['median']:.2f}" if p in ratios else "" for p in report["peers"]]
-        table.add_row(name, "speed of ours over it", *cells, end_section=True)
-    Console().print(table)
+        table = Table("peer", *columns, "speed of ours over it", title_justify="left")
+        table.title = f"{name} ({report['shape']}, {report['rounds']} rounds{noisy})"
+        for peer, found in by_peer.items():
+            spreads = [found.get(column) for column in columns]
+            cells = ["{median:.4g} ({min:.4g}–{max:.4g})".format(**s) if s else "" for s in spreads]
+            table.add_row(peer, *cells, f"{ratios[peer]['median']:.2f}" if peer in ratios else "")
+        Console().print(table)
+    for peer, reason in report["failed"].items():
+        console.print(f"{peer} took no part: {reason}", style="red", markup=False)
 
 
 def parse_args() -> argparse.Namespace:
@@ -172,11 +173,13 @@ def open_fleet(args: argparse.Namespace) -> Fleet:
 
 def main() -> None:
     args = parse_args()
+    canary.torch.set_num_threads(args.threads)  # as many as every peer has
     fleet = open_fleet(args)
     vocab = shapes.SHAPES[args.shape]["vocab_size"]
     report: dict[str, Any] = {
         "command": " ".join(["benchmarks/run.py", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
         "machine": canary.describe_machine(),
         "isa_cap": args.isa,
         "shape": args.shape,
@@ -200,6 +203,13 @@ def main() -> None:
     finally:
         fleet.close()
     show(report)
+
+
+def commit() -> str:
+    """The checkout that was measured, with a + when it had changes."""
+    describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def versions(args: argparse.Namespace) -> dict[str, str]:
