@@ -74,7 +74,7 @@ class PeerSpec:
             return "bf16" if self.bits == 16 or "KV_CACHE_PRECISION" in self.options else "int8"
         return "int8" if self.options.get("kv_cache_dtype") == "int8" else "bf16"
 
-    def engine_options(self, isa: str | None) -> dict[str, Any]:
+    def engine_options(self, isa: str | None = None) -> dict[str, Any]:
         options = dict(self.options)
         if self.engine == "openvino" and self.bits == 16:
             # 16 bits like every other peer's. bf16 where the processor computes in it.
