@@ -1,5 +1,6 @@
 // All kernels for one instruction set, and the table of them. Included by each isa_*.cpp.
 #pragma once
+#include "attention.h"
 #include "linear.h"
 #include "quantized.h"
 
