@@ -21,6 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="A platform's name, or module:Class for one in the making.",
     )
     parser.add_argument("--device", type=number(int, 0), default=0, help="Its device. (default: 0)")
+    parser.add_argument(
+        "--isa",
+        metavar="avx2|avx512|avx512_bf16|amx",
+        help="The instruction set that the cpu platform's kernels use. (default: the best)",
+    )
     parser.add_argument("--report", metavar="FILE", help="Write the report there, as JSON.")
     parser.add_argument("--json", action="store_true", help="Print the report as JSON.")
     parser.add_argument("--level", metavar="L0,L1", help="Only these levels. (default: all)")
@@ -65,6 +70,9 @@ def run(namespace: argparse.Namespace) -> int:
     levels = _levels(namespace.level)
     if namespace.report:
         check_writable(namespace.report)
+    if namespace.isa and (refusal := _refusal(namespace.isa, namespace.platform)):
+        print(f"trimaran conform: error: {refusal}", file=sys.stderr)
+        return 2
     subject = Subject(namespace.platform, namespace.device, namespace.seed, namespace.quick)
     budget = SKIP_BUDGET if namespace.skip_budget is None else namespace.skip_budget
     report = run_kit(
@@ -88,6 +96,19 @@ def run(namespace: argparse.Namespace) -> int:
     else:
         _print(report)
     return 0 if report.ok else 1
+
+
+def _refusal(isa: str, platform: str) -> str:
+    """Have the kernels use that instruction set; why they cannot, or empty."""
+    from ..kernels_cpu.library import NativeUnavailable, use
+
+    if platform != "cpu":
+        return f"--isa is for --platform cpu, not for {platform}"
+    try:
+        use(isa)
+    except NativeUnavailable as error:
+        return f"--isa {isa}: {error}"
+    return ""
 
 
 def _levels(wanted: str | None) -> list[Level]:

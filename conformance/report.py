@@ -136,6 +136,7 @@ class Report:
         yield f"  engine {self.engine} (platform API {self.engine_api}), torch {self.torch}"
         for device in self.devices:
             yield f"  device {device.get('index')}: {device.get('name')}"
+        yield from (f"  {name}: {said}" for name, said in self.facts.items())
         yield ""
         if self.outcomes:
             yield from _aligned(self._totals_rows())

@@ -78,6 +78,11 @@ class Library:
         self._local = threading.local()
 
     @property
+    def entry_points(self) -> ctypes.CDLL:
+        """What the library exports beside programs of kernels; see `collective` and `threads`."""
+        return self._native
+
+    @property
     def about(self) -> str:
         """The instruction set for people."""
         return f"{self.isa} (emulated)" if self.emulated else self.isa
@@ -94,8 +99,8 @@ class Library:
             version, size = None, None
         if (version, size) != (VERSION, ctypes.sizeof(Call)):
             raise NativeUnavailable(
-                f"{path} is of version {version} with calls of {size} bytes, and this package needs "
-                f"{VERSION} with {ctypes.sizeof(Call)}: build it again "
+                f"{path} is of version {version} (calls of {size} bytes); this package needs "
+                f"{VERSION} ({ctypes.sizeof(Call)} bytes): build it again "
                 "(python -m trimaran.kernels_cpu.build)"
             )
 
@@ -164,3 +169,21 @@ def unavailable() -> str:
     except NativeUnavailable as error:
         return str(error)
     return ""
+
+
+def about() -> str:
+    """The instruction set in use, or why there is none, for people."""
+    return unavailable() or library().about
+
+
+def use(isa: str) -> None:
+    """That instruction set and no lower one, in this process, if it has not called a kernel yet,
+    and in those it starts. Raises NativeUnavailable."""
+    os.environ[CAP] = isa
+    library.cache_clear()
+    unavailable.cache_clear()
+    if library().isa != isa:
+        raise NativeUnavailable(
+            f"the kernels have {library().detected} here, not {isa}; {OTHER} can name a build that "
+            "emulates it (python -m trimaran.kernels_cpu.build emulated FOLDER)"
+        )
