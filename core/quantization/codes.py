@@ -102,7 +102,7 @@ def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
         scale = high * (share / 15) - low * (share / 15)
         zero = (low * -share / _divisor(scale)).round_().clamp_(0, 15)
         values = _steps(grouped, scale, zero).mul_(scale)
-        error = values.sub_(grouped).square_().sum(1, keepdim=True)
+        error = torch.linalg.vector_norm(values.sub_(grouped), dim=1, keepdim=True)
         if scales is None or zeros is None or least is None:
             scales, zeros, least = scale, zero, error
             continue
@@ -121,8 +121,7 @@ def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:
 
 def _steps(grouped: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """Codes less their zero, as floats."""
-    steps = (grouped / _divisor(scale)).round_()
-    return torch.minimum(torch.maximum(steps, -zero), 15 - zero)
+    return (grouped / _divisor(scale)).round_().clamp_(-zero, 15 - zero)
 
 
 def _divisor(scale: Tensor) -> Tensor:

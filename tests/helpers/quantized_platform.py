@@ -1,7 +1,9 @@
-"""A platform that multiplies by the codes of quantized weights: strict, with packers of its own."""
+"""Platforms that multiply by the codes of quantized weights (strict, with packers of its own), and
+one that does not."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor
 
 from trimaran.core.quantization.codes import dequantize
+from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.interface import (
+    DENSE,
     INT4,
     INT8,
     Capabilities,
@@ -78,6 +82,18 @@ class Native(StrictPlatform):
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
         return {**super().weight_packers(), **{one: Keeping(one) for one in (INT8, INT4)}}
+
+
+class PlainCpu(CpuPlatform):
+    """The processor, with nothing for quantized weights or caches."""
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        known = super().capabilities(device)
+        floats = ("float32", "bfloat16", "float16")
+        return dataclasses.replace(known, kv_dtypes=floats, weight_formats=(DENSE,))
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        return {DENSE: super().weight_packers()[DENSE]}
 
 
 class Refusing(Native):

@@ -129,6 +129,7 @@ def test_two_models_contradict():
         (["bench", "serve", "--vocab-size=a"], "invalid int value: 'a'"),
         (["serve", "--port", "many"], "invalid int value"),
         (["serve", "--dtype", "int3"], "invalid choice"),
+        (["plan", "--quantization", "int3"], "--quantization: invalid choice: 'int3'"),
         (["serve", "--hf-overrides", "[1]"], "must be a JSON object"),
         (["serve", "--max-model", "8"], "--max-model"),
         (["sing"], "invalid choice"),

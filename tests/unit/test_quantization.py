@@ -163,3 +163,10 @@ def test_rounded_activations_are_within_their_bound(weight: Tensor, seed: int) -
     rounded = (x / step).round() * step
     error = ((rounded - x) @ weight.double().T).abs()
     assert (error <= activation_rounding(x, weight) * 1.0001 + 1e-30).all()
+
+
+def test_the_bound_of_rounded_activations_is_reached() -> None:
+    """A step of 1, and everything else halfway between two codes."""
+    x, weight = torch.full((1, 200), 0.5), torch.ones(3, 200)
+    x[0, 0] = 127
+    assert activation_rounding(x, weight).tolist() == [[100.0] * 3]
