@@ -27,6 +27,8 @@ def plot(report: dict[str, Any], target: Path) -> None:
         for name, found in report["summary"].items()
         if name in MAIN_FIGURE and any(MAIN_FIGURE[name][0] in found[peer] for peer in found)
     ]
+    if not panels:
+        raise SystemExit(f"{target.stem}: none of its workloads is known here, nothing to plot.")
     width = max(3.2, 0.55 * len(report["peers"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), 3.8), squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
