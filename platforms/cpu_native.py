@@ -42,7 +42,7 @@ class Operand(NamedTuple):
 
 class NativeOp(OpImpl):
     """An op by one native kernel. `tensors`: which of the op's arguments are tensors with a row a
-    token; all others are constants (weights, numbers, None)."""
+    token, the one that says how many first; all others are constants (weights, numbers, None)."""
 
     name = "native"
     priority = 10

@@ -1,8 +1,11 @@
 // All kernels for one instruction set, and the table of them. Included by each isa_*.cpp.
 #pragma once
 #include "attention.h"
+#include "elementwise.h"
 #include "linear.h"
 #include "quantized.h"
+#include "rope.h"
+#include "sample.h"
 
 namespace trimaran::ISA {
 
