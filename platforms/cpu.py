@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..kernels_cpu.library import about, unavailable
 from . import host
 from .attention_reference import ReferenceAttention
 from .attention_torch import TorchPagedAttention
+from .cpu_communicator import how_ranks_meet, open_cpu_communicator
+from .cpu_attention import GRAIN, NativeAttention
 from .cpu_linear import linear_road
 from .cpu_ops import cpu_ops
 from .cpu_roofline import measured_roofline
+from .cpu_step import compile_step
 from .cpu_weights import linear, packers
 from .host_device import HostDevice
 from .interface import (
@@ -20,14 +25,19 @@ from .interface import (
     AttentionImpl,
     AttentionSpec,
     Capabilities,
+    Communicator,
     Device,
     DeviceInfo,
+    GroupSpec,
     KVConstraints,
     OpImpl,
     Platform,
     Precision,
     Probe,
     Roofline,
+    StepFn,
+    StepGraph,
+    StepLimits,
     WeightPacker,
 )
 
@@ -50,10 +60,12 @@ class CpuPlatform(Platform):
         bfloat16: Precision = "native" if flags & _BF16_FLAGS else "emulated"
         return Capabilities(
             dtypes={"float32": "native", "bfloat16": bfloat16, "float16": "emulated"},
-            kv_dtypes=("float32", "bfloat16", "float16"),
+            kv_dtypes=("float32", "bfloat16", "float16", *(() if unavailable() else ("int8",))),
             weight_formats=tuple(packer.format for packer in packers()),
             isa=host.isa(flags),
             unified_memory=True,
+            compiles_steps=not unavailable(),
+            step_sizes="any",
         )
 
     def roofline(self, device: int = 0) -> Roofline:
@@ -71,13 +83,17 @@ class CpuPlatform(Platform):
         return {**cpu_ops(), "linear": [linear()]}
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
-        return (TorchPagedAttention(), ReferenceAttention())
+        return (NativeAttention(), TorchPagedAttention(), ReferenceAttention())
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
         return {packer.format: packer for packer in packers()}
 
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        return compile_step(graph, limits)
+
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
-        return KVConstraints(block_multiple=1, preferred_block_size=32)
+        native = NativeAttention().supports(dataclasses.replace(spec, block_size=GRAIN))
+        return KVConstraints(block_multiple=GRAIN if native else 1, preferred_block_size=32)
 
     def process_env(self, rank: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
         """Ranks on one host share its cores: a pool larger than its share only spins."""
@@ -85,12 +101,17 @@ class CpuPlatform(Platform):
         threads = int(plan.get("num_threads") or max(1, host.physical_cores() // ranks))
         return {"OMP_NUM_THREADS": str(threads)}
 
+    def communicator(self, group: GroupSpec, device: Device) -> Communicator:
+        return open_cpu_communicator(group)
+
     def describe(self) -> Mapping[str, str]:
         flags = host.cpu_flags()
         return {
             "processor": host.cpu_name(),
             "isa": host.isa(flags),
+            "kernels": about(),
             "cores": str(host.physical_cores()),
             "bfloat16": "native" if flags & _BF16_FLAGS else "emulated",
             "linear": f"bfloat16 by {linear_road(torch.bfloat16)}",
+            "ranks meet through": how_ranks_meet(),
         }

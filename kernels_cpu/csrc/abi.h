@@ -48,16 +48,39 @@ struct Run {
 // What a thread's scratch memory has at least; `SCRATCH_BYTES` in kernels_cpu/library.py.
 constexpr int64_t SCRATCH_BYTES = 2 << 20;
 
-// A thread's view of a run. `next` hands out work items of the current call to whichever thread
-// asks first; kernels that use it give the same results whoever takes which item.
+struct Range {
+    int64_t begin, end;
+};
+
+constexpr int STAGES = 4;
+
+// A thread's view of a run.
+//
+// Work is shared out by `take`, stage by stage: whoever asks gets the next piece of [0, size), large
+// pieces first, so that a thread which the system has set aside holds up nobody for long. A stage
+// ends when all of it is done, whoever did it: a thread that comes late finds nothing left and goes
+// on. All threads name the same size and grain, and results may not depend on who takes what.
+// `barrier` ends a stage within a call; a stage without `take` ends when all threads have arrived.
 struct Team {
     const Run* run;
     int32_t thread;
     int32_t num_threads;
     uint8_t* scratch;
-    void (*barrier)(void*);
-    int64_t (*next)(void*);
+    void (*end_stage)(void*);
+    bool (*take_piece)(void*, int64_t, int64_t, Range*);
     void* state;
+
+    void barrier() const { end_stage(state); }
+    bool take(int64_t size, Range& piece, int64_t grain = 1) const {
+        return take_piece(state, size, grain, &piece);
+    }
+    // One unit at a time, for units of unequal cost.
+    bool take_one(int64_t size, int64_t& unit) const {
+        Range piece;
+        const bool taken = take_piece(state, size, 0, &piece);
+        unit = piece.begin;
+        return taken;
+    }
 };
 
 using KernelFn = void (*)(const Call&, const Team&);
@@ -65,10 +88,6 @@ using KernelFn = void (*)(const Call&, const Team&);
 inline int64_t rows_of(const Call& call, const Team& team) {
     return call.rows + call.rows_per_token * team.run->tokens;
 }
-
-struct Range {
-    int64_t begin, end;
-};
 
 // Part `index` of `count` nearly equal parts of [0, size), borders at multiples of `grain`.
 inline Range part_of(int64_t size, int64_t index, int64_t count, int64_t grain = 1) {

@@ -355,7 +355,7 @@ static void run_tiles(const Call& call, const Team& team, const Layer& layer, co
     const int64_t dim = layer.paging.dim, kv_heads = layer.paging.kv_heads;
     const Tile* tiles = (const Tile*)(&plan + 1);
     const Room<A> room = room_in<A>(team.scratch, dim);
-    for (int64_t i; (i = team.next(team.state)) < plan.num_tiles * kv_heads;) {
+    for (int64_t i; team.take_one(plan.num_tiles * kv_heads, i);) {
         const Tile& tile = tiles[i / kv_heads];
         const int64_t head = i % kv_heads, rows = tile.queries * layer.group;
         for_rows(layer, tile.token, tile.queries, call.n[6], head, [&](int64_t row, int64_t at) {
@@ -374,8 +374,7 @@ template <class X>
 static void run_merges(const Call& call, const Team& team, const Layer& layer, const PlanHeader& plan) {
     const int64_t dim = layer.paging.dim, kv_heads = layer.paging.kv_heads;
     const Merge* merges = (const Merge*)((const Tile*)(&plan + 1) + plan.num_tiles);
-    const Range part = part_of(plan.num_merges * kv_heads, team.thread, team.num_threads);
-    for (int64_t i = part.begin; i < part.end; i++) {
+    for (int64_t i; team.take_one(plan.num_merges * kv_heads, i);) {
         const Merge& one = merges[i / kv_heads];
         const int64_t head = i % kv_heads, rows = one.queries * layer.group;
         const int64_t size = state_floats(rows, dim);
@@ -400,7 +399,7 @@ static void attention(const Call& call, const Team& team) {
             run_tiles<X, typename Bare<decltype(of_cache)>::type>(call, team, layer, plan);
         });
         if (!plan.num_merges) return;
-        team.barrier(team.state);
+        team.barrier();
         run_merges<X>(call, team, layer, plan);
     });
 }

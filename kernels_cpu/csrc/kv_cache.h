@@ -89,18 +89,19 @@ static void kv_write(const Call& call, const Team& team) {
     const Paging at{call.n[0], call.n[1], call.n[2]};
     const int64_t key_stride = call.n[3], value_stride = call.n[4];
     const int64_t* slots = (const int64_t*)call.in[2];
-    const Range part = part_of(rows_of(call, team) * at.kv_heads, team.thread, team.num_threads);
+    const int64_t units = rows_of(call, team) * at.kv_heads;
     with_element(call.element, [&](auto* of_type) {
         using X = typename Bare<decltype(of_type)>::type;
         with_cache_element(call.n[5], [&](auto* of_cache) {
             using C = typename Bare<decltype(of_cache)>::type;
-            for (int64_t i = part.begin; i < part.end; i++) {
-                const int64_t row = i / at.kv_heads, head = i % at.kv_heads, slot = slots[row];
-                write_token((const X*)call.in[0] + row * key_stride + head * at.dim,
-                            (const X*)call.in[1] + row * value_stride + head * at.dim, at,
-                            slot % at.size,
-                            panels_of<C>(call.out[0], at, slot / at.size, head));
-            }
+            for (Range part; team.take(units, part);)
+                for (int64_t i = part.begin; i < part.end; i++) {
+                    const int64_t row = i / at.kv_heads, head = i % at.kv_heads, slot = slots[row];
+                    write_token((const X*)call.in[0] + row * key_stride + head * at.dim,
+                                (const X*)call.in[1] + row * value_stride + head * at.dim, at,
+                                slot % at.size,
+                                panels_of<C>(call.out[0], at, slot / at.size, head));
+                }
         });
     });
 }

@@ -38,16 +38,16 @@ static void pack_panel(const B* weight, int64_t stride, int64_t filled, int64_t 
 // in: weight [N, K] of `element`, rows n[2] elements apart. out: packed. n: N, K, row stride.
 static void pack_dense(const Call& call, const Team& team) {
     const int64_t n_size = call.n[0], k_size = call.n[1], stride = call.n[2];
-    const Range panels = part_of(up(n_size, PANEL) / PANEL, team.thread, team.num_threads);
     with_element(call.element, [&](auto* of_type) {
         using B = typename Bare<decltype(of_type)>::type;
         const B* weight = (const B*)call.in[0];
         B* packed = (B*)call.out[0];
-        for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-            const int64_t first = panel * PANEL;
-            pack_panel(weight + first * stride, stride, min(PANEL, n_size - first), k_size,
-                       packed + panel * panel_elements<B>(k_size));
-        }
+        for (Range panels; team.take(up(n_size, PANEL) / PANEL, panels);)
+            for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+                const int64_t first = panel * PANEL;
+                pack_panel(weight + first * stride, stride, min(PANEL, n_size - first), k_size,
+                           packed + panel * panel_elements<B>(k_size));
+            }
     });
 }
 
@@ -144,26 +144,42 @@ struct Dense {
     }
 };
 
+// The products of rows with panels, as threads take them: a thread calls prepare(first, rows) for a
+// block of at most `most` rows before it calls meet(first, rows, panel) for some panels.
+template <class Prepare, class Meet>
+INLINE void for_blocks(const Team& team, int64_t num_rows, int64_t most, int64_t num_panels,
+                       Prepare prepare, Meet meet) {
+    const int64_t blocks = (num_rows + most - 1) / most;
+    int64_t ready = -1;
+    for (Range part; team.take(blocks * num_panels, part);)
+        for (int64_t i = part.begin; i < part.end; i++) {
+            const int64_t block = i / num_panels;
+            const Range rows = part_of(num_rows, block, blocks, MAX_ROWS);
+            if (block != ready) prepare(rows.begin, rows.end - rows.begin);
+            ready = block;
+            meet(rows.begin, rows.end - rows.begin, i % num_panels);
+        }
+}
+
 template <class B>
 static void dense_by_vectors(const Dense<B>& dense, const Team& team, int64_t num_rows) {
     using A = typename Factor<B>::type;
-    const Share share = share_of(num_rows, dense.panels(), team);
     const int64_t k_size = dense.k_size, k_padded = up(k_size, PairsOf<B>::value);
     const int64_t lda = k_padded + SHIFT;
     float* c = (float*)team.scratch;
     float* wide = c + BLOCK_ROWS * PANEL;
     A* a = (A*)(wide + CHUNK * PANEL);
     const int64_t room = min(BLOCK_BYTES / (lda * (int64_t)sizeof(A)) / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
-    const int64_t block = max(room, 1);
-    for (int64_t first = share.rows.begin; first < share.rows.end; first += block) {
-        const int64_t rows = min(block, share.rows.end - first);
-        for (int64_t row = 0; row < rows; row++)
-            widen(dense.x + (first + row) * dense.x_stride, k_size, k_padded, a + row * lda);
-        for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++) {
+    for_blocks(
+        team, num_rows, max(room, 1), dense.panels(),
+        [&](int64_t first, int64_t rows) {
+            for (int64_t row = 0; row < rows; row++)
+                widen(dense.x + (first + row) * dense.x_stride, k_size, k_padded, a + row * lda);
+        },
+        [&](int64_t first, int64_t rows, int64_t panel) {
             multiply_panel(a, lda, rows, dense.panel(panel), k_size, c, wide);
             for (int64_t row = 0; row < rows; row++) dense.write(first + row, panel, c + row * PANEL);
-        }
-    }
+        });
 }
 
 #ifdef TRIMARAN_AMX

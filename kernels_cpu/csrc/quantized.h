@@ -55,16 +55,36 @@ static void pack_int8(const Call& call, const Team& team) {
     }
 }
 
+// in: codes [N, K] in 0..15, one a byte, rows n[2] elements apart. out: packed codes. n: N, K, a
+// multiple of 8, row stride.
+static void pack_int4(const Call& call, const Team& team) {
+    const int64_t n_size = call.n[0], k_size = call.n[1], stride = call.n[2];
+    const Range panels = part_of(up(n_size, PANEL) / PANEL, team.thread, team.num_threads);
+    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+        const int64_t first = panel * PANEL, filled = min(PANEL, n_size - first);
+        const uint8_t* codes = (const uint8_t*)call.in[0] + first * stride;
+        uint8_t* packed = (uint8_t*)call.out[0] + first * k_size / 2;
+        for (int64_t k = 0; k < k_size; k += 2 * QUAD)
+            for (int64_t n = 0; n < PANEL; n++, packed += QUAD) {
+                uint32_t quads[2] = {};
+                if (n < filled) __builtin_memcpy(quads, codes + n * stride + k, sizeof quads);
+                quads[0] |= quads[1] << 4;
+                __builtin_memcpy(packed, quads, QUAD);
+            }
+    }
+}
+
 // ---------------------------------------------------------------------------------------------
 // Activations
 // ---------------------------------------------------------------------------------------------
 
-// A few tokens in int8, `stride` codes from one to the next.
+// A tile of `height` tokens in int8 by quads, [K / 4][height][4]; the scale of each; and where
+// weights have groups of inputs, the sum of its codes in each group, [height][groups].
 template <class Code>
 struct Tokens {
-    Code* codes;
-    int64_t stride;
-    float* scales;
+    const Code* codes;
+    const float* scales;
+    const int32_t* sums;
 };
 
 INLINE void store_codes(int8_t* p, vi codes) { *(vb_any*)p = __builtin_convertvector(codes, vb); }
@@ -146,39 +166,132 @@ constexpr int int8_vectors(int rows) {
     return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
 }
 
-// A panel of int8 weights and what belongs to its columns.
-struct Int8Panel {
+// c [MR, PANEL] = tokens times a panel of codes.
+struct Int8Weight {
+    using Code = Int8::Code;
+    static constexpr int OFFSET = Int8::OFFSET;
+    static constexpr bool GROUPED = false;
     const int8_t* codes;
     const float* scales;
     const int32_t* corrections;
+    int64_t k_size, group = k_size;
+
+    template <int MR>
+    void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
+        constexpr int NV = int8_vectors(MR), P = Int8::PARTS, STEP = W * QUAD / P;
+        for (int64_t at = 0; at < PANEL; at += NV * W) {
+            const int8_t* column = codes + origin * k_size + at * QUAD;
+            const Code* token = x.codes;
+            vi sums[MR][NV * P] = {};
+            for (int64_t k = 0; k < k_size; k += QUAD, column += PANEL * QUAD, token += MR * QUAD) {
+                __builtin_prefetch(column + AHEAD);
+                decltype(Int8::weight(column)) weight[NV * P];
+                UNROLL for (int v = 0; v < NV * P; v++) weight[v] = Int8::weight(column + v * STEP);
+                UNROLL for (int m = 0; m < MR; m++) {
+                    const auto factor = Int8::token(token + m * QUAD);
+                    UNROLL for (int v = 0; v < NV * P; v++)
+                        sums[m][v] = Int8::add(sums[m][v], factor, weight[v]);
+                }
+            }
+            UNROLL for (int m = 0; m < MR; m++)
+                UNROLL for (int v = 0; v < NV; v++) {
+                    const int64_t n = at + v * W;
+                    const vi total = Int8::total(&sums[m][v * P], corrections + origin + n);
+                    const vf scale = splat(x.scales[m]) * load(scales + origin + n);
+                    store(c + m * PANEL + n, __builtin_convertvector(total, vf) * scale);
+                }
+        }
+    }
 };
 
-// c [MR, PANEL] = tokens times a panel, by the quad of K.
-template <int MR>
-static void int8_tile(const Tokens<Int8::Code>& x, const Int8Panel& panel, int64_t k_size, float* c) {
-    constexpr int NV = int8_vectors(MR), P = Int8::PARTS, STEP = W * QUAD / P;
-    for (int64_t at = 0; at < PANEL; at += NV * W) {
-        const int8_t* codes = panel.codes + at * QUAD;
-        vi sums[MR][NV * P] = {};
-        for (int64_t k = 0; k < k_size; k += QUAD, codes += PANEL * QUAD) {
-            __builtin_prefetch(codes + AHEAD);
-            decltype(Int8::weight(codes)) columns[NV * P];
-            UNROLL for (int v = 0; v < NV * P; v++) columns[v] = Int8::weight(codes + v * STEP);
+// ---------------------------------------------------------------------------------------------
+// int4 weights
+// ---------------------------------------------------------------------------------------------
+
+// Bytes by bytes, of which the weights' have no sign. Without VNNI eight products of pairs, at most
+// 2 * 15 * 127 each, are summed in 16 bits before they are widened.
+struct Int4 {
+    static constexpr int64_t RUN = 8 * QUAD;
+#ifdef TRIMARAN_VNNI
+    using Sums = vi;
+    INLINE Sums add(Sums sums, vu8 codes, vs8 x) { return dot_bytes(sums, codes, x); }
+    INLINE vi widened(Sums sums) { return sums; }
+#else
+    using Sums = vs16;
+    INLINE Sums add(Sums sums, vu8 codes, vs8 x) { return sums + multiply_bytes(codes, x); }
+    INLINE vi widened(Sums sums) { return multiply_words(sums, vs16{} + 1); }
+#endif
+};
+constexpr int int4_vectors(int rows) {
+    const int fit = 2 * MAX_ROWS / rows;
+    return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
+}
+INLINE vu8 low_halves(vu8 codes) { return codes & 15; }
+INLINE vu8 high_halves(vu8 codes) { return (vu8)((vu16)codes >> 4) & 15; }
+
+struct Int4Weight {
+    using Code = int8_t;
+    static constexpr int OFFSET = 0;
+    static constexpr bool GROUPED = true;
+    const uint8_t* codes;
+    const float* scales;   // [N / PANEL][groups][PANEL]
+    const uint8_t* zeros;  // the same
+    int64_t k_size, group;
+
+    // dots += a run of inputs.
+    template <int MR, int NV>
+    INLINE void add_run(const Code* token, const uint8_t* column, vi (&dots)[MR][NV]) {
+        Int4::Sums sums[MR][NV] = {};
+        const auto add_quad = [&](const Code* x, vu8 (&halves)[NV]) __attribute__((always_inline)) {
             UNROLL for (int m = 0; m < MR; m++) {
-                const auto token = Int8::token(x.codes + m * x.stride + k);
-                UNROLL for (int v = 0; v < NV * P; v++)
-                    sums[m][v] = Int8::add(sums[m][v], token, columns[v]);
+                const vs8 factor = (vs8)splat4(x + m * QUAD);
+                UNROLL for (int v = 0; v < NV; v++)
+                    sums[m][v] = Int4::add(sums[m][v], halves[v], factor);
             }
+        };
+        for (int64_t k = 0; k < Int4::RUN; k += 2 * QUAD, column += PANEL * QUAD) {
+            __builtin_prefetch(column + AHEAD);
+            vu8 half[NV];
+            UNROLL for (int v = 0; v < NV; v++) half[v] = low_halves(load_bytes(column + v * W * QUAD));
+            add_quad(token + k * MR, half);
+            UNROLL for (int v = 0; v < NV; v++) half[v] = high_halves(load_bytes(column + v * W * QUAD));
+            add_quad(token + (k + QUAD) * MR, half);
         }
         UNROLL for (int m = 0; m < MR; m++)
-            UNROLL for (int v = 0; v < NV; v++) {
-                const int64_t n = at + v * W;
-                const vi total = Int8::total(&sums[m][v * P], panel.corrections + n);
-                const vf scale = splat(x.scales[m]) * load(panel.scales + n);
-                store(c + m * PANEL + n, __builtin_convertvector(total, vf) * scale);
-            }
+            UNROLL for (int v = 0; v < NV; v++) dots[m][v] += Int4::widened(sums[m][v]);
     }
-}
+
+    template <int MR>
+    void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
+        constexpr int NV = int4_vectors(MR);
+        const int64_t groups = k_size / group;
+        for (int64_t at = 0; at < PANEL; at += NV * W) {
+            const uint8_t* column = codes + origin * k_size / 2 + at * QUAD;
+            const Code* token = x.codes;
+            vf y[MR][NV] = {};
+            for (int64_t g = 0; g < groups; g++) {
+                vi dots[MR][NV] = {};
+                for (int64_t k = 0; k < group; k += Int4::RUN) {
+                    add_run(token, column, dots);
+                    token += Int4::RUN * MR;
+                    column += Int4::RUN / 2 * PANEL;
+                }
+                const int64_t place = origin * groups + g * PANEL + at;
+                UNROLL for (int v = 0; v < NV; v++) {
+                    const vi zero = load_integers(zeros + place + v * W);
+                    const vf scale = load(scales + place + v * W);
+                    UNROLL for (int m = 0; m < MR; m++) {
+                        const vi dot = dots[m][v] - zero * x.sums[m * groups + g];
+                        y[m][v] = fma(scale, __builtin_convertvector(dot, vf), y[m][v]);
+                    }
+                }
+            }
+            UNROLL for (int m = 0; m < MR; m++)
+                UNROLL for (int v = 0; v < NV; v++)
+                    store(c + m * PANEL + at + v * W, y[m][v] * x.scales[m]);
+        }
+    }
+};
 
 // Runs `body` on tiles of nearly equal height, at most MAX_ROWS; what it is given has the height as
 // its type's `value`.
@@ -207,39 +320,92 @@ INLINE void in_tiles(int64_t rows, Body body) {
 // Linear layers
 // ---------------------------------------------------------------------------------------------
 
-// in: x [rows, K] of `element`, packed codes, scales, corrections, bias [N] of `element` or null.
-// out: y [rows, N]. n: N, K, row stride of x, row stride of y.
-static void linear_int8(const Call& call, const Team& team) {
-    const int64_t n_size = call.n[0], k_size = call.n[1], x_stride = call.n[2], y_stride = call.n[3];
-    const int64_t k_padded = up(k_size, DEPTH), lda = k_padded + SHIFT;
+// Blocks of tokens as a thread multiplies them.
+template <class Weight>
+struct Block {
+    using Code = typename Weight::Code;
+    const Weight& weight;
+    int64_t k_size, groups, most;
+    float *c, *scales;
+    int32_t* sums;
+    Code *codes, *one;  // of all tokens, tile by tile; of one, in order
+
+    Block(const Weight& weight, uint8_t* scratch)
+        : weight(weight), k_size(weight.k_size), groups(k_size / weight.group) {
+        const int64_t bytes = k_size * sizeof(Code) + groups * 4;
+        most = min(max(BLOCK_BYTES / bytes / MAX_ROWS, 1) * MAX_ROWS, BLOCK_ROWS);
+        c = (float*)scratch;
+        scales = c + most * PANEL;
+        sums = (int32_t*)(scales + most);
+        codes = (Code*)(sums + most * groups);
+        one = codes + most * k_size;
+    }
+
+    template <class X>
+    void read(const X* x, int64_t x_size, int64_t x_stride, int64_t rows) {
+        in_tiles(rows, [&](int64_t first, auto height) {
+            constexpr int MR = decltype(height)::value;
+            for (int m = 0; m < MR; m++) {
+                const int64_t row = first + m;
+                scales[row] = quantize(x + row * x_stride, x_size, k_size, Weight::OFFSET, one);
+                Code* place = codes + first * k_size + m * QUAD;
+                for (int64_t k = 0; k < k_size; k += QUAD)
+                    __builtin_memcpy(place + k * MR, one + k, QUAD * sizeof(Code));
+                if constexpr (Weight::GROUPED)
+                    for (int64_t g = 0; g < groups; g++)
+                        sums[row * groups + g] = sum_of(one + g * weight.group, weight.group);
+            }
+        });
+    }
+
+    // c [rows, PANEL] = tokens times the panel whose first output is `origin`.
+    void multiply(int64_t rows, int64_t origin) {
+        in_tiles(rows, [&](int64_t row, auto height) {
+            const Tokens<Code> x{codes + row * k_size, scales + row, sums + row * groups};
+            weight.template multiply<decltype(height)::value>(x, origin, c + row * PANEL);
+        });
+    }
+};
+
+// n of both linear layers: N, K, row stride of x, row stride of y.
+template <class T, class Weight>
+static void multiply_by_codes(const Call& call, const Team& team, const Weight& weight, const T* bias) {
+    const int64_t n_size = call.n[0], x_stride = call.n[2], y_stride = call.n[3];
     const Share share = share_of(rows_of(call, team), up(n_size, PANEL) / PANEL, team);
-    const int64_t fit = BLOCK_BYTES / (lda * (int64_t)sizeof(Int8::Code)) / MAX_ROWS * MAX_ROWS;
-    const int64_t block = min(max(fit, (int64_t)MAX_ROWS), BLOCK_ROWS);
+    Block<Weight> block(weight, team.scratch);
+    for (int64_t first = share.rows.begin; first < share.rows.end; first += block.most) {
+        const int64_t rows = min(block.most, share.rows.end - first);
+        block.read((const T*)call.in[0] + first * x_stride, call.n[1], x_stride, rows);
+        for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++) {
+            const int64_t origin = panel * PANEL, columns = min(PANEL, n_size - origin);
+            block.multiply(rows, origin);
+            T* y = (T*)call.out[0] + first * y_stride + origin;
+            for (int64_t row = 0; row < rows; row++)
+                write_row(y + row * y_stride, block.c + row * PANEL, columns,
+                          bias ? bias + origin : bias);
+        }
+    }
+}
+
+// in: x [rows, K] of `element`, packed codes, scales, corrections, bias [N] of `element` or null.
+// out: y [rows, N].
+static void linear_int8(const Call& call, const Team& team) {
+    const Int8Weight weight{(const int8_t*)call.in[1], (const float*)call.in[2],
+                            (const int32_t*)call.in[3], up(call.n[1], DEPTH)};
     with_element(call.element, [&](auto* of_type) {
         using T = typename Bare<decltype(of_type)>::type;
-        const T *x = (const T*)call.in[0], *bias = (const T*)call.in[4];
-        T* y = (T*)call.out[0];
-        float *c = (float*)team.scratch, *scales = c + BLOCK_ROWS * PANEL;
-        Int8::Code* codes = (Int8::Code*)(scales + BLOCK_ROWS);
-        for (int64_t first = share.rows.begin; first < share.rows.end; first += block) {
-            const int64_t rows = min(block, share.rows.end - first);
-            for (int64_t row = 0; row < rows; row++)
-                scales[row] = quantize(x + (first + row) * x_stride, k_size, k_padded, Int8::OFFSET,
-                                       codes + row * lda);
-            for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++) {
-                const int64_t origin = panel * PANEL, columns = min(PANEL, n_size - origin);
-                const Int8Panel weight{(const int8_t*)call.in[1] + origin * k_padded,
-                                       (const float*)call.in[2] + origin,
-                                       (const int32_t*)call.in[3] + origin};
-                in_tiles(rows, [&](int64_t row, auto height) {
-                    int8_tile<decltype(height)::value>({codes + row * lda, lda, scales + row},
-                                                       weight, k_padded, c + row * PANEL);
-                });
-                for (int64_t row = 0; row < rows; row++)
-                    write_row(y + (first + row) * y_stride + origin, c + row * PANEL, columns,
-                              bias ? bias + origin : bias);
-            }
-        }
+        multiply_by_codes(call, team, weight, (const T*)call.in[4]);
+    });
+}
+
+// in: x [rows, K] of `element`, packed codes, scales, zeros, bias [N] of `element` or null.
+// out: y [rows, N]. n[4]: inputs in a group, a multiple of 32.
+static void linear_int4(const Call& call, const Team& team) {
+    const Int4Weight weight{(const uint8_t*)call.in[1], (const float*)call.in[2],
+                            (const uint8_t*)call.in[3], call.n[1], call.n[4]};
+    with_element(call.element, [&](auto* of_type) {
+        using T = typename Bare<decltype(of_type)>::type;
+        multiply_by_codes(call, team, weight, (const T*)call.in[4]);
     });
 }
 

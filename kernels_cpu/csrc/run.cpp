@@ -93,27 +93,85 @@ void wait_at(Barrier& barrier, int size) {
     __atomic_sub_fetch(&barrier.sleeping, 1, __ATOMIC_SEQ_CST);
 }
 
-// Shared by the threads of one run. There are two counters of work items: while one call counts
-// with one, the other is set to zero for the next call.
+// A stage of the run: pieces that were taken, and units of work that are done.
+struct Stage {
+    int64_t taken;
+    int64_t done;
+};
+
+// Shared by the threads of one run.
 struct Shared {
     alignas(64) Barrier barrier;
-    alignas(64) int64_t taken[2];
+    alignas(64) int32_t sleeping;  // threads that wait for the end of a stage
+    Stage* stages;
 };
 
 struct Worker {
     Shared* shared;
-    int call;
     int num_threads;
+    int stage;
+    int64_t size;  // of the work of this stage; -1: nothing was asked for
+    int64_t held;  // units of the piece in work
 };
 
-void barrier_of(void* state) {
-    const Worker& worker = *(Worker*)state;
-    wait_at(worker.shared->barrier, worker.num_threads);
+// Piece `index` of [0, size): in each round every thread's piece is its share of half of what is
+// left, a grain at least. Grain 0: single units.
+Range piece_of(int64_t size, int64_t grain, int64_t num_threads, int64_t index) {
+    if (grain == 0) return {index < size ? index : size, index < size ? index + 1 : size};
+    int64_t left = (size + grain - 1) / grain, begin = 0, length = 1;
+    for (;; index -= num_threads, begin += num_threads * length, left -= num_threads * length) {
+        length = left / (2 * num_threads);
+        if (length == 0) length = 1;
+        if (index < num_threads || left <= 0) break;
+    }
+    begin = (begin + index * length) * grain;
+    const int64_t end = begin + length * grain;
+    return {begin < size ? begin : size, end < size ? end : size};
 }
 
-int64_t next_of(void* state) {
+int32_t* word_of(int64_t* value) { return (int32_t*)value; }
+
+void finish_piece(Worker& worker) {
+    if (!worker.held) return;
+    Stage& stage = worker.shared->stages[worker.stage];
+    const int64_t done = __atomic_add_fetch(&stage.done, worker.held, __ATOMIC_SEQ_CST);
+    worker.held = 0;
+    if (done == worker.size && __atomic_load_n(&worker.shared->sleeping, __ATOMIC_SEQ_CST))
+        syscall(SYS_futex, word_of(&stage.done), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+}
+
+bool take_piece(void* state, int64_t size, int64_t grain, Range* piece) {
     Worker& worker = *(Worker*)state;
-    return __atomic_fetch_add(&worker.shared->taken[worker.call & 1], 1, __ATOMIC_RELAXED);
+    worker.size = size;
+    finish_piece(worker);
+    Stage& stage = worker.shared->stages[worker.stage];
+    const int64_t index = __atomic_fetch_add(&stage.taken, 1, __ATOMIC_RELAXED);
+    *piece = piece_of(size, grain, worker.num_threads, index);
+    worker.held = piece->end - piece->begin;
+    return worker.held > 0;
+}
+
+void wait_for(Stage& stage, int64_t size, int32_t& sleeping) {
+    for (int i = 0; i < SPINS; i++) {
+        if (__atomic_load_n(&stage.done, __ATOMIC_ACQUIRE) == size) return;
+        _mm_pause();
+    }
+    __atomic_add_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
+    for (int64_t done; (done = __atomic_load_n(&stage.done, __ATOMIC_SEQ_CST)) != size;)
+        syscall(SYS_futex, word_of(&stage.done), FUTEX_WAIT_PRIVATE, (int32_t)done, nullptr, nullptr, 0);
+    __atomic_sub_fetch(&sleeping, 1, __ATOMIC_SEQ_CST);
+}
+
+void end_stage(void* state) {
+    Worker& worker = *(Worker*)state;
+    if (worker.size < 0) {
+        wait_at(worker.shared->barrier, worker.num_threads);
+    } else {
+        finish_piece(worker);
+        wait_for(worker.shared->stages[worker.stage], worker.size, worker.shared->sleeping);
+    }
+    worker.stage++;
+    worker.size = -1;
 }
 
 // Calls of each kernel by each instruction set, for tests of which one ran.
@@ -121,17 +179,15 @@ int64_t counts[AMX + 1][(int)Kernel::count];
 
 void work(const Call* calls, int count, const Run& run, int isa, int thread, int num_threads,
           Shared& shared) {
-    Worker worker{&shared, 0, num_threads};
-    const Team team{&run, thread, num_threads, run.scratch + thread * run.scratch_bytes,
-                    barrier_of, next_of, &worker};
+    Worker worker{&shared, num_threads, 0, -1, 0};
+    const Team team{&run,      thread,     num_threads, run.scratch + thread * run.scratch_bytes,
+                    end_stage, take_piece, &worker};
     for (int i = 0; i < count; i++) {
-        worker.call = i;
         TABLES[isa][calls[i].kernel](calls[i], team);
-        if (thread == 0) {
-            shared.taken[(i + 1) & 1] = 0;
+        if (thread == 0)
             __atomic_fetch_add(&counts[isa][calls[i].kernel], 1, __ATOMIC_RELAXED);
-        }
-        wait_at(shared.barrier, num_threads);
+        end_stage(&worker);
+        worker.stage = (i + 1) * STAGES;
     }
 }
 
@@ -166,7 +222,10 @@ EXPORT int64_t trimaran_count(int isa, int kernel) {
 // Runs `count` calls with `run->num_threads` threads and the kernels of `isa`, which must not be
 // above `trimaran_isa()`.
 EXPORT void trimaran_run(const Call* calls, int count, const Run* run, int isa) {
+    Stage stages[count * STAGES];
+    __builtin_memset(stages, 0, sizeof stages);
     Shared shared{};
+    shared.stages = stages;
     if (run->num_threads == 1) return work(calls, count, *run, isa, 0, 1, shared);
 #pragma omp parallel num_threads(run->num_threads)
     work(calls, count, *run, isa, omp_get_thread_num(), omp_get_num_threads(), shared);

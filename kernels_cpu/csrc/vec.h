@@ -155,8 +155,10 @@ INLINE vf dot_pairs(vf c, uint32_t a, vu b) {
 typedef int8_t vs8 __attribute__((vector_size(W * 4)));
 typedef uint8_t vu8 __attribute__((vector_size(W * 4)));
 typedef int16_t vs16 __attribute__((vector_size(W * 4)));
+typedef uint16_t vu16 __attribute__((vector_size(W * 4)));
 typedef int64_t vs64 __attribute__((vector_size(W * 4)));
 typedef uint8_t vu8_any __attribute__((vector_size(W * 4), aligned(1), may_alias));
+typedef uint8_t quarter_u8 __attribute__((vector_size(W), aligned(1), may_alias));
 typedef int16_t half_s16 __attribute__((vector_size(W * 2), aligned(1), may_alias));
 
 INLINE vu8 load_bytes(const void* p) { return *(const vu8_any*)p; }
@@ -167,6 +169,10 @@ INLINE vs16 load_words(const int8_t* p) {  // gcc's own conversion goes by four 
         __builtin_memcpy((int16_t*)&words + 16 * i, &part, sizeof part);
     }
     return words;
+}
+
+INLINE vi load_integers(const uint8_t* p) {
+    return __builtin_convertvector(*(const quarter_u8*)p, vi);
 }
 
 // The 4 or 8 bytes at p, in all lanes.
