@@ -24,7 +24,6 @@ from trimaran.core.planning.planner import plan
 from trimaran.core.planning.started import describe_memory, differs
 from trimaran.core.planning.targets import Target, find_targets
 from trimaran.core.resolve import resolve
-from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_linear import CpuDensePacker, fbgemm_refusal
 from trimaran.platforms.cpu_roofline import measured_roofline
 from trimaran.platforms.interface import (
@@ -414,7 +413,7 @@ class LyingPacker(DensePacker):
         return 2 * shape[0] * shape[1] * dtype.itemsize
 
 
-class Lying(CpuPlatform):
+class Lying(StrictPlatform):
     name = "lying"
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
