@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,8 @@ from ..kernels_cpu.library import about, unavailable
 from . import host
 from .attention_reference import ReferenceAttention
 from .attention_torch import TorchPagedAttention
+from .cpu_attention import NativeAttention
 from .cpu_communicator import how_ranks_meet, open_cpu_communicator
-from .cpu_attention import GRAIN, NativeAttention
 from .cpu_linear import linear_road
 from .cpu_ops import cpu_ops
 from .cpu_roofline import measured_roofline
@@ -92,8 +91,8 @@ class CpuPlatform(Platform):
         return compile_step(graph, limits)
 
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
-        native = NativeAttention().supports(dataclasses.replace(spec, block_size=GRAIN))
-        return KVConstraints(block_multiple=GRAIN if native else 1, preferred_block_size=32)
+        # Blocks that the native kernel does not take go by torch's attention.
+        return KVConstraints(block_multiple=1, preferred_block_size=32)
 
     def process_env(self, rank: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
         """Ranks on one host share its cores: a pool larger than its share only spins."""

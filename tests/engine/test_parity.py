@@ -14,7 +14,7 @@ from helpers.tiny_models import FAMILIES, VARIANTS
 NUM_TOKENS = 24
 
 PLATFORMS: dict[str, dict[str, Any]] = {
-    "cpu": {"platform": "cpu", "block_size": 8},
+    "cpu": {"platform": "cpu", "block_size": 16},
     "strict": {"platform": "strict"},
     "strict-sync": {"platform": "strict", "async_scheduling": "off"},
 }

@@ -19,7 +19,7 @@ from trimaran.core.sampling_params import BeamSearchParams
 from trimaran.core.types import PositionLogprobs
 
 PLATFORMS: dict[str, dict[str, Any]] = {
-    "cpu": {"platform": "cpu", "block_size": 8},
+    "cpu": {"platform": "cpu", "block_size": 16},
     "strict": {"platform": "strict"},
     "strict-sync": {"platform": "strict", "async_scheduling": "off"},
 }
