@@ -39,14 +39,14 @@ def fused(graph: StepGraph) -> list[StepNode | None]:
     for index, node in enumerate(graph.nodes):
         if not isinstance(inspect.unwrap(node.call), NativeRope):
             continue
-        norms = [_norm_before(graph, argument, uses) for argument in node.arguments[:2]]
-        if None in norms:
+        query_norm, key_norm = (_norm_before(graph, one, uses) for one in node.arguments[:2])
+        if query_norm is None or key_norm is None:
             continue
-        (query, *of_query), (key, *of_key) = (graph.nodes[at].arguments for at in norms)
+        query, *of_query = graph.nodes[query_norm].arguments
+        key, *of_key = graph.nodes[key_norm].arguments
         arguments = (query, key, *node.arguments[2:], *of_query, *of_key)
         nodes[index] = dataclasses.replace(node, call=NativeQkNormRope(), arguments=arguments)
-        for at in norms:
-            nodes[at] = None
+        nodes[query_norm] = nodes[key_norm] = None
     return nodes
 
 
