@@ -16,6 +16,10 @@ from .interface import Device, DeviceOutOfMemory, Event, KVRegion, MemoryInfo
 from .ledger import MemoryLedger
 from .transfers import move_blocks
 
+OWN_PAGES = 1 << 20
+"""Bytes from which memory has pages of its own, which go back to the system when it ends. In the
+heap the weights that are packed one after the other would leave holes that the next do not fit."""
+
 
 class FinishedEvent(Event):
     """The work is over; what it raised waits for the one who asks."""
@@ -42,7 +46,9 @@ class HostDevice(Device):
 
     def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
         with no_room_is_told(shape, dtype, tag):
-            return self._ledger.add(tag, torch.empty(tuple(shape), dtype=dtype))
+            large = math.prod(shape) * dtype.itemsize >= OWN_PAGES
+            make = huge_pages if large else torch.empty
+            return self._ledger.add(tag, make(tuple(shape), dtype=dtype))
 
     def alloc_kv(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         with no_room_is_told(shape, dtype, "kv"):
