@@ -8,12 +8,20 @@ from collections.abc import Mapping, Sequence
 from ..kernels_cpu.library import unavailable
 from .cpu_dense import NATIVE, DenseLinear, LinearKernel, NativeDensePacker, NativeLinear
 from .cpu_linear import CpuDensePacker, Linear
-from .cpu_quantized import NATIVE_INT8, CpuInt8Packer, Int8Linear
+from .cpu_quantized import (
+    NATIVE_INT4,
+    NATIVE_INT8,
+    CpuInt4Packer,
+    CpuInt8Packer,
+    Int4Linear,
+    Int8Linear,
+)
 from .interface import OpImpl, WeightPacker
 
 KERNELS: Mapping[str, LinearKernel] = {
     NATIVE: DenseLinear(),
     NATIVE_INT8: Int8Linear(),
+    NATIVE_INT4: Int4Linear(),
 }
 """By the format of a packed weight."""
 
@@ -21,7 +29,7 @@ KERNELS: Mapping[str, LinearKernel] = {
 def packers() -> Sequence[WeightPacker]:
     if unavailable():
         return (CpuDensePacker(),)
-    return NativeDensePacker(), CpuInt8Packer()
+    return NativeDensePacker(), CpuInt8Packer(), CpuInt4Packer()
 
 
 def linear() -> OpImpl:

@@ -370,21 +370,21 @@ struct Block {
 // n of both linear layers: N, K, row stride of x, row stride of y.
 template <class T, class Weight>
 static void multiply_by_codes(const Call& call, const Team& team, const Weight& weight, const T* bias) {
-    const int64_t n_size = call.n[0], x_stride = call.n[2], y_stride = call.n[3];
-    const Share share = share_of(rows_of(call, team), up(n_size, PANEL) / PANEL, team);
+    const int64_t n_size = call.n[0], k_size = call.n[1], x_stride = call.n[2], y_stride = call.n[3];
     Block<Weight> block(weight, team.scratch);
-    for (int64_t first = share.rows.begin; first < share.rows.end; first += block.most) {
-        const int64_t rows = min(block.most, share.rows.end - first);
-        block.read((const T*)call.in[0] + first * x_stride, call.n[1], x_stride, rows);
-        for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++) {
+    for_blocks(
+        team, rows_of(call, team), block.most, up(n_size, PANEL) / PANEL,
+        [&](int64_t first, int64_t rows) {
+            block.read((const T*)call.in[0] + first * x_stride, k_size, x_stride, rows);
+        },
+        [&](int64_t first, int64_t rows, int64_t panel) {
             const int64_t origin = panel * PANEL, columns = min(PANEL, n_size - origin);
             block.multiply(rows, origin);
             T* y = (T*)call.out[0] + first * y_stride + origin;
             for (int64_t row = 0; row < rows; row++)
                 write_row(y + row * y_stride, block.c + row * PANEL, columns,
                           bias ? bias + origin : bias);
-        }
-    }
+        });
 }
 
 // in: x [rows, K] of `element`, packed codes, scales, corrections, bias [N] of `element` or null.

@@ -27,8 +27,12 @@ WEIGHTS = [
     pytest.param(WeightScheme("int8"), (33, 7), id="int8-edges"),
     pytest.param(WeightScheme("int8"), (1, 1), id="int8-one"),
     pytest.param(WeightScheme("int8"), (129, 4100), id="int8-deep"),
+    pytest.param(WeightScheme("int4", 128), (64, 256), id="int4"),
+    pytest.param(WeightScheme("int4", 32), (33, 96), id="int4-edges"),
+    pytest.param(WeightScheme("int4", 64), (1, 64), id="int4-one"),
+    pytest.param(WeightScheme("int4", 2080), (129, 4160), id="int4-wide-groups"),
 ]
-BOTH = [WEIGHTS[0]]
+BOTH = [WEIGHTS[0], WEIGHTS[4]]
 
 
 @pytest.fixture
@@ -210,12 +214,14 @@ def test_packs_parts_of_wider_codes(
 @pytest.mark.parametrize(("scheme", "shape"), WEIGHTS)
 def test_says_what_it_takes(scheme: WeightScheme, shape: tuple[int, int]) -> None:
     made = packed(scheme, random_weight(scheme, shape))
+    if scheme.group == 2080:
+        pytest.skip("not quantized so at load")
     said = CpuPlatform().weight_packers()[scheme.format].packed_bytes(torch.bfloat16, shape)
     assert said == made.extra_bytes == sum(tensor.nbytes for tensor in made.tensors)
     assert made.shape == shape
 
 
-@pytest.mark.parametrize("format", ["int8"])
+@pytest.mark.parametrize("format", ["int8", "int4"])
 def test_the_platform_offers_the_format(format: str) -> None:
     platform = CpuPlatform()
     assert format in platform.capabilities().weight_formats
