@@ -44,7 +44,21 @@ INLINE vf splat(float x) { return x - vf{}; }
 INLINE vf zero() { return vf{}; }
 
 // -ffp-contract=fast makes these one instruction, rounded once.
+#ifdef TRIMARAN_EMULATED
+INLINE vf fma(vf a, vf b, vf c) {  // emulated kernels are compiled quickly, which does not do so
+    for (int i = 0; i < W / 8; i++) {
+        __m256 x, y, z;
+        __builtin_memcpy(&x, (const float*)&a + 8 * i, sizeof x);
+        __builtin_memcpy(&y, (const float*)&b + 8 * i, sizeof y);
+        __builtin_memcpy(&z, (const float*)&c + 8 * i, sizeof z);
+        z = _mm256_fmadd_ps(x, y, z);
+        __builtin_memcpy((float*)&c + 8 * i, &z, sizeof z);
+    }
+    return c;
+}
+#else
 INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
 INLINE float fma(float a, float b, float c) { return a * b + c; }
 
 INLINE vf select(vi mask, vf yes, vf no) { return (vf)(((vi)yes & mask) | ((vi)no & ~mask)); }
@@ -243,6 +257,29 @@ INLINE vi dot_bytes(vi c, vu8 a, vs8 b) {
 #endif
 }
 #endif
+
+// The 64-bit products of elements 0, 2, 4… of two vectors, whatever stands in the others.
+typedef uint64_t vu64 __attribute__((vector_size(W * 4)));
+INLINE vu64 wide_product(vu64 a, vu64 b) {
+#if defined(TRIMARAN_WIDE) && !defined(TRIMARAN_EMULATED)
+    return (vu64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#else
+    __m256i x[W / 8], y[W / 8];
+    __builtin_memcpy(x, &a, sizeof a);
+    __builtin_memcpy(y, &b, sizeof b);
+    for (int i = 0; i < W / 8; i++) x[i] = _mm256_mul_epu32(x[i], y[i]);
+    __builtin_memcpy(&a, x, sizeof a);
+    return a;
+#endif
+}
+
+// Is any element of a comparison's result true?
+INLINE bool any(vi mask) {
+    __m256i part[W / 8];
+    __builtin_memcpy(part, &mask, sizeof mask);
+    for (int i = 1; i < W / 8; i++) part[0] = _mm256_or_si256(part[0], part[i]);
+    return !_mm256_testz_si256(part[0], part[0]);
+}
 
 // Runs `body` with a null pointer to the element type of a call; `Bare<decltype(it)>` is the type.
 template <class P>
