@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -170,6 +171,7 @@ class Peer:
                 text=True,
                 bufsize=1,
                 env={**os.environ, **self.variables},
+                start_new_session=True,  # some engines have processes of their own: one group
             )
         self.loaded = self.ask(
             "load",
@@ -211,7 +213,7 @@ class Peer:
         try:
             process.wait(timeout=60)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def _open_log(self) -> Any:

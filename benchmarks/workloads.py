@@ -1,7 +1,7 @@
 """The workloads of the comparison: what is asked, of every peer alike, and what is kept of it.
 
-Prompts are random token ids from a seed that changes with the round: no peer finds in its prefix
-cache what an earlier round left there.
+Prompts are random token ids, drawn anew for each workload and round: no peer finds in its prefix
+cache what another left there. (Not every peer can be told to forget.)
 """
 
 from __future__ import annotations
@@ -42,41 +42,47 @@ class Runner(Protocol):
     def close(self) -> None: ...
 
 
+def _random(name: str, seed: int) -> random.Random:
+    return random.Random(f"{name} {seed}")
+
+
 def _prompt(rng: random.Random, length: int, vocab: int) -> list[int]:
     return [rng.randrange(10, vocab) for _ in range(length)]
 
 
 def batch_one(vocab: int, seed: int, prompt: int = 128, output: int = 128) -> Workload:
     """One request alone: latency of decode."""
-    return Workload(f"batch1_{prompt}", [_prompt(random.Random(seed), prompt, vocab)], [output])
+    name = f"batch1_{prompt}"
+    return Workload(name, [_prompt(_random(name, seed), prompt, vocab)], [output])
 
 
 def mixed(vocab: int, seed: int, count: int = 32) -> Workload:
     """`count` requests at once: 64–256 tokens in, 64–128 out."""
-    rng = random.Random(seed)
+    rng = _random("mixed", seed)
     prompts = [_prompt(rng, rng.randint(64, 256), vocab) for _ in range(count)]
     return Workload(f"mixed{count}", prompts, [rng.randint(64, 128) for _ in range(count)])
 
 
 def prefill(vocab: int, seed: int, length: int = 2048) -> Workload:
     """A long prompt and one token: the rate of prefill."""
-    return Workload(f"prefill{length}", [_prompt(random.Random(seed), length, vocab)], [1])
+    return Workload(f"prefill{length}", [_prompt(_random("prefill", seed), length, vocab)], [1])
 
 
-def shared_prefix(vocab: int, seed: int, count: int = 16, suffix: int = 32) -> Workload:
+def shared_prefix(
+    vocab: int, seed: int, count: int = 16, suffix: int = 32, name: str = "shared_prefix"
+) -> Workload:
     """`count` requests at once whose first tokens are equal, none of them seen before."""
-    rng = random.Random(seed)
+    rng = _random(name, seed)
     head = _prompt(rng, SHARED_PREFIX, vocab)
-    return Workload(
-        "shared_prefix", [head + _prompt(rng, suffix, vocab) for _ in range(count)], [16] * count
-    )
+    prompts = [head + _prompt(rng, suffix, vocab) for _ in range(count)]
+    return Workload(name, prompts, [16] * count)
 
 
 def run_prefix_reuse(peer: Runner, vocab: int, seed: int) -> dict[str, Any]:
     """Two requests, one after the other, whose first tokens are equal."""
     first, second = (
         Workload("prefix_reuse", [prompt], [16])
-        for prompt in shared_prefix(vocab, seed, count=2).prompts
+        for prompt in shared_prefix(vocab, seed, count=2, name="prefix_reuse").prompts
     )
     a, b = peer.run(first), peer.run(second, keep_prefix=True)
     return b | {
@@ -94,7 +100,7 @@ def run_growth(peer: Runner, vocab: int, seed: int, budget: float = 900.0) -> di
     the decode, seconds a token); growing ends early when the next context would take the peer
     beyond `budget` seconds, taking its last one as the measure.
     """
-    prompt = _prompt(random.Random(seed), GROWTH_CONTEXTS[-1], vocab)
+    prompt = _prompt(_random("growth", seed), GROWTH_CONTEXTS[-1], vocab)
     points, found, begin, last = [], {}, time.monotonic(), 0.0
     for context in GROWTH_CONTEXTS:
         if points and time.monotonic() - begin + 3 * last > budget:
@@ -112,7 +118,7 @@ def run_start(peer: Runner, vocab: int, seed: int) -> dict[str, Any]:
     peer.close()
     begin = time.monotonic()
     peer.start()
-    found = peer.run(Workload("start", [_prompt(random.Random(seed), 16, vocab)], [1]))
+    found = peer.run(Workload("start", [_prompt(_random("start", seed), 16, vocab)], [1]))
     return found | {"seconds": time.monotonic() - begin}
 
 

@@ -217,6 +217,28 @@ def test_growing_stops_within_its_budget(monkeypatch):
     assert [context for context, _ in found["points"]] == [520, 2056, 4104, 8200]
 
 
+def test_no_prompt_begins_like_another():
+    """A peer that cannot forget would be given the beginning of the next workload for nothing."""
+    given = []
+
+    class Listener:
+        def run(self, work, keep_prefix=False):
+            if not keep_prefix:
+                given.append({tuple(prompt[:16]) for prompt in work.prompts})
+            return {"seconds": 1.0, "decode_seconds": 1.0, "output_tokens": 1, "ttft": 1.0}
+
+        def start(self):
+            return {}
+
+        def close(self):
+            return None
+
+    for seed in (0, 1):
+        for work in workloads.WORKLOADS.values():
+            work(Listener(), 1000, seed)
+    assert len(set.union(*given)) == sum(map(len, given))
+
+
 def test_peers_are_held_against_ours_of_their_width():
     parse = fleet.PeerSpec.parse
     ours = [parse("trimaran:int8"), parse("trimaran"), parse("trimaran:int4")]
