@@ -23,6 +23,7 @@ ENVIRONMENT_FILE = Path("core/env.py")
 # package is built.
 OTHER_ENVIRONMENT_FILES = (
     Path("platforms/visible.py"),
+    Path("platforms/cpu_threads.py"),
     Path("kernels_cpu/library.py"),
     Path("kernels_cpu/build.py"),
 )

@@ -13,9 +13,10 @@ VARIABLES = {
     "TRIMARAN_LOG_LEVEL": "debug, info, warning or error",
     "TRIMARAN_CPU_ISA": "the highest instruction set that kernels use (kernels_cpu/library.py)",
     "TRIMARAN_CPU_LIBRARY": "another build of the kernels to load (kernels_cpu/library.py)",
+    "TRIMARAN_CPU_THREADS_BIND": "auto, off, or the CPUs of its threads (platforms/cpu_threads.py)",
 }
-"""Name → what it says. Those of kernels are read there, which import nothing of ours. What begins
-with HF_ is the hub library's own business."""
+"""Name → what it says. Those of kernels and platforms are read there: they do not import the core.
+What begins with HF_ is the hub library's own business."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

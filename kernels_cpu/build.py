@@ -42,6 +42,7 @@ _AVX512_BF16 = [*_AVX512, "-mavx512bf16", "-mavx512vnni"]
 FLAGS: Flags = {
     "run": ["-fopenmp"],
     "collective": [*_AVX2, "-fopenmp"],
+    "threads": ["-fopenmp"],
     "isa_avx2": _AVX2,
     "isa_avx512": [*_AVX512, "-mprefer-vector-width=512"],
     "isa_avx512_bf16": [*_AVX512_BF16, "-mprefer-vector-width=512"],
@@ -53,8 +54,12 @@ FLAGS: Flags = {
 """Flags by object; each is compiled from the source of its name."""
 
 EMULATED: Flags = {
-    name: [*(_AVX2 if name.startswith("isa_") else own), "-DTRIMARAN_EMULATED", "-Wno-psabi", "-O1"]
-    for name, own in FLAGS.items()
+    **FLAGS,
+    "run": [*FLAGS["run"], "-DTRIMARAN_EMULATED"],
+    **{
+        name: [*_AVX2, "-DTRIMARAN_EMULATED", "-Wno-psabi", "-Og"]
+        for name in ("isa_avx512", "isa_avx512_bf16", "isa_amx")
+    },
 }
 """The same sources for a processor with AVX2 alone: what wider sets compute, without their
 instructions. For tests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,13 @@ from .attention_reference import ReferenceAttention
 from .attention_torch import TorchPagedAttention
 from .cpu_attention import NativeAttention
 from .cpu_communicator import how_ranks_meet, open_cpu_communicator
+from .cpu_device import CpuDevice
 from .cpu_linear import linear_road
 from .cpu_ops import cpu_ops
 from .cpu_roofline import measured_roofline
 from .cpu_step import compile_step
+from .cpu_threads import Binding, available_threads, binding, default_threads
 from .cpu_weights import linear, packers
-from .host_device import HostDevice
 from .interface import (
     ApiRange,
     AttentionImpl,
@@ -27,6 +29,7 @@ from .interface import (
     Communicator,
     Device,
     DeviceInfo,
+    Finding,
     GroupSpec,
     KVConstraints,
     OpImpl,
@@ -40,6 +43,8 @@ from .interface import (
     WeightPacker,
 )
 
+logger = logging.getLogger("trimaran.cpu")
+
 _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 
 
@@ -47,6 +52,8 @@ class CpuPlatform(Platform):
     name = "cpu"
     vendor = "x86"
     api = ApiRange((0, 3), (0, 3))
+
+    _binding: Binding | None = None  # of the engine that it serves
 
     @classmethod
     def probe(cls) -> Probe:
@@ -74,9 +81,8 @@ class CpuPlatform(Platform):
     def open(self, device: int = 0, num_threads: int | None = None) -> Device:
         if device != 0:
             raise ValueError(f"The cpu platform has one device, 0; there is no device {device}.")
-        # torch's own count already minds OMP_NUM_THREADS and what an earlier engine asked for.
-        torch.set_num_threads(num_threads or min(host.physical_cores(), torch.get_num_threads()))
-        return HostDevice()
+        torch.set_num_threads(num_threads or default_threads())
+        return CpuDevice()
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
         return {**cpu_ops(), "linear": [linear()]}
@@ -96,11 +102,23 @@ class CpuPlatform(Platform):
 
     def process_env(self, rank: int, plan: Mapping[str, Any]) -> Mapping[str, str]:
         """Ranks on one host share its cores: a pool larger than its share only spins."""
-        ranks = int(plan.get("tensor_parallel_size") or 1)
-        threads = int(plan.get("num_threads") or max(1, host.physical_cores() // ranks))
+        threads, _ = _threads_and_ranks(plan)
         return {"OMP_NUM_THREADS": str(threads)}
 
+    def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
+        threads, ranks = _threads_and_ranks(plan)
+        try:
+            binding(threads, 0, ranks)
+        except ValueError as error:
+            return (Finding("reject", "num_threads", str(error)),)
+        return ()
+
     def communicator(self, group: GroupSpec, device: Device) -> Communicator:
+        """Here a device learns which rank of an engine it serves, and so which CPUs are its own."""
+        if isinstance(device, CpuDevice):
+            self._binding = binding(torch.get_num_threads(), group.rank, group.size)
+            device.bind(self._binding)
+            logger.info("compute threads: %s", self._binding.about)
         return open_cpu_communicator(group)
 
     def describe(self) -> Mapping[str, str]:
@@ -110,7 +128,23 @@ class CpuPlatform(Platform):
             "isa": host.isa(flags),
             "kernels": about(),
             "cores": str(host.physical_cores()),
+            "threads": self._about_threads(),
             "bfloat16": "native" if flags & _BF16_FLAGS else "emulated",
             "linear": f"bfloat16 by {linear_road(torch.bfloat16)}",
             "ranks meet through": how_ranks_meet(),
         }
+
+    def _about_threads(self) -> str:
+        """Of an engine's platform, what holds for its rank; or else what would, without options."""
+        if self._binding is not None:
+            return self._binding.about
+        try:
+            return binding(default_threads()).about
+        except ValueError as error:
+            return str(error)
+
+
+def _threads_and_ranks(plan: Mapping[str, Any]) -> tuple[int, int]:
+    """The threads of each rank, and how many ranks there are."""
+    ranks = int(plan.get("tensor_parallel_size") or 1)
+    return int(plan.get("num_threads") or max(1, available_threads() // ranks)), ranks

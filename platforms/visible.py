@@ -1,6 +1,5 @@
-"""Which devices a process may see, and as what. The only place where a platform reads the
-environment: these variables are the drivers' own, and what they hide must be known before a driver
-is started."""
+"""Which devices a process may see, and as what. These variables are the drivers' own, and what they
+hide must be known before a driver is started."""
 
 from __future__ import annotations
 
