@@ -55,23 +55,6 @@ static void pack_dense(const Call& call, const Team& team) {
 // Multiplying
 // ---------------------------------------------------------------------------------------------
 
-// A thread's share of a product [rows, N]: all rows of a few panels. The rows are divided too where
-// each thread keeps `enough` of them, at multiples of `grain`, and where there are more threads than
-// panels.
-struct Share {
-    Range rows, panels;
-};
-INLINE Share share_of(int64_t rows, int64_t num_panels, const Team& team, int64_t grain = MAX_ROWS,
-                      int64_t enough = INT64_MAX) {
-    int64_t down = min(max(rows / enough, 1), team.num_threads);
-    while (team.num_threads % down) down--;
-    const int64_t across = min(team.num_threads / down, num_panels);
-    down = team.num_threads / across;
-    if (team.thread >= across * down) return {{0, 0}, {0, 0}};
-    return {part_of(rows, team.thread / across, down, grain),
-            part_of(num_panels, team.thread % across, across)};
-}
-
 // Rows of x as the factor A, zeros up to `k_padded`.
 template <class X, class A>
 INLINE void widen(const X* x, int64_t k_size, int64_t k_padded, A* a) {
@@ -145,16 +128,17 @@ struct Dense {
 };
 
 // The products of rows with panels, as threads take them: a thread calls prepare(first, rows) for a
-// block of at most `most` rows before it calls meet(first, rows, panel) for some panels.
+// block of at most `most` rows before it calls meet(first, rows, panel) for some panels. Blocks
+// begin at multiples of `grain`, of which `most` is one.
 template <class Prepare, class Meet>
-INLINE void for_blocks(const Team& team, int64_t num_rows, int64_t most, int64_t num_panels,
-                       Prepare prepare, Meet meet) {
+INLINE void for_blocks(const Team& team, int64_t num_rows, int64_t most, int64_t grain,
+                       int64_t num_panels, Prepare prepare, Meet meet) {
     const int64_t blocks = (num_rows + most - 1) / most;
     int64_t ready = -1;
     for (Range part; team.take(blocks * num_panels, part);)
         for (int64_t i = part.begin; i < part.end; i++) {
             const int64_t block = i / num_panels;
-            const Range rows = part_of(num_rows, block, blocks, MAX_ROWS);
+            const Range rows = part_of(num_rows, block, blocks, grain);
             if (block != ready) prepare(rows.begin, rows.end - rows.begin);
             ready = block;
             meet(rows.begin, rows.end - rows.begin, i % num_panels);
@@ -169,9 +153,11 @@ static void dense_by_vectors(const Dense<B>& dense, const Team& team, int64_t nu
     float* c = (float*)team.scratch;
     float* wide = c + BLOCK_ROWS * PANEL;
     A* a = (A*)(wide + CHUNK * PANEL);
-    const int64_t room = min(BLOCK_BYTES / (lda * (int64_t)sizeof(A)) / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
+    const int64_t row_bytes = lda * sizeof(A), room = SCRATCH_BYTES - ((char*)a - (char*)c);
+    int64_t most = min(BLOCK_BYTES / row_bytes / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
+    if (!most) most = max(1, min(MAX_ROWS, room / row_bytes));
     for_blocks(
-        team, num_rows, max(room, 1), dense.panels(),
+        team, num_rows, most, min(MAX_ROWS, most), dense.panels(),
         [&](int64_t first, int64_t rows) {
             for (int64_t row = 0; row < rows; row++)
                 widen(dense.x + (first + row) * dense.x_stride, k_size, k_padded, a + row * lda);
@@ -184,26 +170,25 @@ static void dense_by_vectors(const Dense<B>& dense, const Team& team, int64_t nu
 
 #ifdef TRIMARAN_AMX
 static void dense_by_tiles(const Dense<bf16>& dense, const Team& team, int64_t num_rows) {
-    const Share share = share_of(num_rows, dense.panels(), team, 2 * TILE_ROWS, TILE_SHARE_ROWS);
-    const int64_t num_own = share.rows.end - share.rows.begin, k_size = dense.k_size;
-    if (!num_own) return;
+    const int64_t k_size = dense.k_size;
     const TileScratch scratch(team);
-    const bool staging = needs_staging(num_own, k_size);
-    const int64_t most = rows_of_block(k_size, staging), blocks = (num_own + most - 1) / most;
+    const bool staging = needs_staging(num_rows, k_size);
+    TileRows block{};
     tile_configure();
-    for (int64_t block = 0; block < blocks; block++) {
-        const Range part = part_of(num_own, block, blocks, TILE_ROWS);
-        const int64_t first = share.rows.begin + part.begin, count = part.end - part.begin;
-        const bf16* x = dense.x + first * dense.x_stride;
-        const TileRows rows = staging ? stage(x, dense.x_stride, count, k_size, scratch.staged)
-                                      : TileRows{x, dense.x_stride, count};
-        for (int64_t panel = share.panels.begin; panel < share.panels.end; panel++)
-            tiles_by_panel(rows, dense.panel(panel), k_size, scratch, [&](int64_t tile, const float* c) {
-                const int64_t origin = rows.first_of(tile), end = min(TILE_ROWS, count - origin);
+    for_blocks(
+        team, num_rows, rows_of_block(k_size, staging), TILE_ROWS, dense.panels(),
+        [&](int64_t first, int64_t rows) {
+            const bf16* x = dense.x + first * dense.x_stride;
+            block = staging ? stage(x, dense.x_stride, rows, k_size, scratch.staged)
+                            : TileRows{x, dense.x_stride, rows};
+        },
+        [&](int64_t first, int64_t rows, int64_t panel) {
+            tiles_by_panel(block, dense.panel(panel), k_size, scratch, [&](int64_t tile, const float* c) {
+                const int64_t origin = block.first_of(tile), end = min(TILE_ROWS, rows - origin);
                 for (int64_t row = tile * TILE_ROWS - origin; row < end; row++)
                     dense.write(first + origin + row, panel, c + row * PANEL);
             });
-    }
+        });
     tile_release();
 }
 #endif

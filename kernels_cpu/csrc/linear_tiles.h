@@ -16,7 +16,6 @@ namespace trimaran::ISA {
 constexpr int64_t TILES_FROM = 5;                 // fewer rows go by dpbf16
 constexpr int64_t TILE_CHUNK = 512;               // of K: 32 KiB of a panel
 constexpr int64_t TILE_BLOCK_BYTES = 5ll << 18;   // of A
-constexpr int64_t TILE_SHARE_ROWS = 256;          // so many for each thread, before rows are divided
 
 constexpr int64_t TILE_STEP = 32;                 // of K, that one product of tiles takes
 constexpr int64_t STEP_ELEMENTS = TILE_STEP * PANEL;
@@ -80,10 +79,12 @@ struct TileScratch {
 INLINE bool needs_staging(int64_t rows, int64_t k_size) {
     return rows < TILE_ROWS || k_size % TILE_STEP;
 }
+// Two tiles at least, unless staged: then the last of several blocks has more than one tile's rows.
 INLINE int64_t rows_of_block(int64_t k_size, bool staging) {
     const int64_t bytes = up(k_size, TILE_STEP) * 2;
     const int64_t room = (staging ? SCRATCH_BYTES - TileScratch::STAGED_AT : TILE_BLOCK_BYTES) / bytes;
-    return min(max(room / TILE_ROWS * TILE_ROWS, TILE_ROWS), TileScratch::SUMS / PANEL);
+    const int64_t least = (staging ? 1 : 2) * TILE_ROWS;
+    return min(max(room / TILE_ROWS * TILE_ROWS, least), TileScratch::SUMS / PANEL);
 }
 INLINE bool fits_tiles(int64_t k_size) {
     const int64_t staged = TILE_ROWS * up(k_size, TILE_STEP) * 2;

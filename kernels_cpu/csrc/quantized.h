@@ -14,6 +14,7 @@
 namespace trimaran::ISA {
 
 constexpr int64_t QUAD = 4;
+constexpr int64_t FAR_AHEAD = 2048;  // bytes that codes are fetched ahead
 constexpr int64_t DEPTH = 64;  // inputs that an AMX tile of int8 has
 
 // ---------------------------------------------------------------------------------------------
@@ -166,10 +167,16 @@ constexpr int int8_vectors(int rows) {
     return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
 }
 
+// Fetches what comes soon after a panel's row of quads in as many columns.
+template <int VECTORS, class T>
+INLINE void fetch_ahead(const T* codes) {
+    UNROLL for (int i = 0; i < VECTORS * W * QUAD; i += 64) __builtin_prefetch(codes + FAR_AHEAD + i);
+}
+
 // c [MR, PANEL] = tokens times a panel of codes.
 struct Int8Weight {
     using Code = Int8::Code;
-    static constexpr int OFFSET = Int8::OFFSET;
+    static constexpr int ROWS = MAX_ROWS, OFFSET = Int8::OFFSET;
     static constexpr bool GROUPED = false;
     const int8_t* codes;
     const float* scales;
@@ -184,7 +191,7 @@ struct Int8Weight {
             const Code* token = x.codes;
             vi sums[MR][NV * P] = {};
             for (int64_t k = 0; k < k_size; k += QUAD, column += PANEL * QUAD, token += MR * QUAD) {
-                __builtin_prefetch(column + AHEAD);
+                fetch_ahead<NV>(column);
                 decltype(Int8::weight(column)) weight[NV * P];
                 UNROLL for (int v = 0; v < NV * P; v++) weight[v] = Int8::weight(column + v * STEP);
                 UNROLL for (int m = 0; m < MR; m++) {
@@ -222,8 +229,9 @@ struct Int4 {
     INLINE vi widened(Sums sums) { return multiply_words(sums, vs16{} + 1); }
 #endif
 };
+constexpr int INT4_ROWS = MAX_ROWS;
 constexpr int int4_vectors(int rows) {
-    const int fit = 2 * MAX_ROWS / rows;
+    const int fit = 2 * INT4_ROWS / rows;
     return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
 }
 INLINE vu8 low_halves(vu8 codes) { return codes & 15; }
@@ -231,7 +239,7 @@ INLINE vu8 high_halves(vu8 codes) { return (vu8)((vu16)codes >> 4) & 15; }
 
 struct Int4Weight {
     using Code = int8_t;
-    static constexpr int OFFSET = 0;
+    static constexpr int ROWS = INT4_ROWS, OFFSET = 0;
     static constexpr bool GROUPED = true;
     const uint8_t* codes;
     const float* scales;   // [N / PANEL][groups][PANEL]
@@ -250,7 +258,7 @@ struct Int4Weight {
             }
         };
         for (int64_t k = 0; k < Int4::RUN; k += 2 * QUAD, column += PANEL * QUAD) {
-            __builtin_prefetch(column + AHEAD);
+            fetch_ahead<NV>(column);
             vu8 half[NV];
             UNROLL for (int v = 0; v < NV; v++) half[v] = low_halves(load_bytes(column + v * W * QUAD));
             add_quad(token + k * MR, half);
@@ -293,20 +301,20 @@ struct Int4Weight {
     }
 };
 
-// Runs `body` on tiles of nearly equal height, at most MAX_ROWS; what it is given has the height as
-// its type's `value`.
+// Runs `body` on tiles of nearly equal height, at most MOST; what it is given has the height as its
+// type's `value`.
 template <int N>
 struct Height {
     static constexpr int value = N;
 };
-template <class Body>
+template <int MOST, class Body>
 INLINE void in_tiles(int64_t rows, Body body) {
-    const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t tiles = (rows + MOST - 1) / MOST;
     for (int64_t t = 0; t < tiles; t++) {
         const Range part = part_of(rows, t, tiles);
         switch (part.end - part.begin) {
 #define HEIGHT(MR) \
-    case MR: body(part.begin, Height<MR>{}); break;
+    case MR: body(part.begin, Height<MR <= MOST ? MR : MOST>{}); break;
             HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
 #ifdef TRIMARAN_WIDE
             HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
@@ -333,7 +341,7 @@ struct Block {
     Block(const Weight& weight, uint8_t* scratch)
         : weight(weight), k_size(weight.k_size), groups(k_size / weight.group) {
         const int64_t bytes = k_size * sizeof(Code) + groups * 4;
-        most = min(max(BLOCK_BYTES / bytes / MAX_ROWS, 1) * MAX_ROWS, BLOCK_ROWS);
+        most = min(max(BLOCK_BYTES / bytes / Weight::ROWS, 1) * Weight::ROWS, BLOCK_ROWS);
         c = (float*)scratch;
         scales = c + most * PANEL;
         sums = (int32_t*)(scales + most);
@@ -343,7 +351,7 @@ struct Block {
 
     template <class X>
     void read(const X* x, int64_t x_size, int64_t x_stride, int64_t rows) {
-        in_tiles(rows, [&](int64_t first, auto height) {
+        in_tiles<Weight::ROWS>(rows, [&](int64_t first, auto height) {
             constexpr int MR = decltype(height)::value;
             for (int m = 0; m < MR; m++) {
                 const int64_t row = first + m;
@@ -360,7 +368,7 @@ struct Block {
 
     // c [rows, PANEL] = tokens times the panel whose first output is `origin`.
     void multiply(int64_t rows, int64_t origin) {
-        in_tiles(rows, [&](int64_t row, auto height) {
+        in_tiles<Weight::ROWS>(rows, [&](int64_t row, auto height) {
             const Tokens<Code> x{codes + row * k_size, scales + row, sums + row * groups};
             weight.template multiply<decltype(height)::value>(x, origin, c + row * PANEL);
         });
@@ -373,7 +381,7 @@ static void multiply_by_codes(const Call& call, const Team& team, const Weight& 
     const int64_t n_size = call.n[0], k_size = call.n[1], x_stride = call.n[2], y_stride = call.n[3];
     Block<Weight> block(weight, team.scratch);
     for_blocks(
-        team, rows_of(call, team), block.most, up(n_size, PANEL) / PANEL,
+        team, rows_of(call, team), block.most, min(MAX_ROWS, block.most), up(n_size, PANEL) / PANEL,
         [&](int64_t first, int64_t rows) {
             block.read((const T*)call.in[0] + first * x_stride, k_size, x_stride, rows);
         },
