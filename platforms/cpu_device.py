@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .cpu_telemetry import HostTelemetry
 from .cpu_threads import Binding, BoundThreads
 from .host_device import HostDevice
-from .interface import Event
+from .interface import Event, Telemetry
 
 
 class CpuDevice(HostDevice):
     def __init__(self, index: int = 0) -> None:
         super().__init__(index)
         self._threads = BoundThreads(Binding("not bound"))
+        self._telemetry = HostTelemetry()
 
     def bind(self, binding: Binding) -> None:
         """Hold the compute threads to their CPUs until `close`. Called by the thread that loads
@@ -23,6 +25,10 @@ class CpuDevice(HostDevice):
     def launch(self, work: Callable[[], None]) -> Event:
         with self._threads.computing():
             return super().launch(work)
+
+    def telemetry(self) -> Telemetry:
+        """Of the whole host, other processes included; shares and watts since the last call."""
+        return self._telemetry.read()
 
     def close(self) -> None:
         self._threads.release()

@@ -17,14 +17,14 @@ _ISA = (("amx_bf16", "amx"), ("avx512f", "avx512"), ("avx2", "avx2"))
 
 def cpu_flags() -> frozenset[str]:
     """The feature flags of the first core (`avx2`, `avx512_bf16`, `amx_bf16`…)."""
-    for line in _cpuinfo():
+    for line in cpuinfo():
         if line.startswith("flags"):
             return frozenset(line.partition(":")[2].split())
     return frozenset()
 
 
 def cpu_name() -> str:
-    for line in _cpuinfo():
+    for line in cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return "unknown processor"
@@ -114,7 +114,8 @@ def total_memory() -> int:
     return min(total, _cgroup_number("memory.max") or total)
 
 
-def _cpuinfo() -> list[str]:
+def cpuinfo() -> list[str]:
+    """Lines of /proc/cpuinfo."""
     try:
         return (ROOT / "proc/cpuinfo").read_text().splitlines()
     except OSError:
