@@ -87,6 +87,11 @@ class EngineArgs:
         "to 128 inputs (the head in int8). Left out: they stay as they are.",
         choices=QUANTIZATIONS,
     )
+    packed_cache: str = option(
+        "auto",
+        "Directory where packed weights are kept for the next start, `auto` (the user's cache "
+        "directory, for checkpoints from 256 MiB on), or `off`.",
+    )
     served_model_name: list[str] = option([], "Names the server answers to (repeatable).")
     generation_config: str = option(
         "auto", "`auto` (the model's), a directory, or `none` for the neutral defaults."

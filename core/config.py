@@ -34,7 +34,7 @@ __all__ = [
 class ModelSpec:
     """The model to run. `hf_config` is config.json after overrides; `generation` holds the
     sampling defaults of generation_config.json; `eos_token_ids` end a sequence; `quantization`:
-    what weights become at load (None: nothing)."""
+    what weights become at load (None: nothing); `packed_cache`: see `EngineArgs`."""
 
     path: Path
     name: str
@@ -47,6 +47,7 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     load_format: str
     quantization: str | None = None
+    packed_cache: str = "off"
     seed: int
     max_logprobs: int
     logprobs_mode: str

@@ -12,7 +12,8 @@ from .config import EngineConfig
 from .distributed.group import open_group
 from .errors import ConfigError, KVMemoryError, PlatformError
 from .models.decoder import Decoder
-from .models.loader import load_model
+from .models.loader import fill
+from .models.packed_cache import open_cache
 from .models.registry import decoder_spec
 from .models.step import StepBuffers, make_groups
 from .ops import OpBinder
@@ -93,16 +94,10 @@ class Rank:
             max_tokens=scheduler.step_tokens,
             max_positions=scheduler.max_model_len + SLACK,
         )
-        decoder = self.decoder = load_model(
-            model.path,
-            spec,
-            self.binder,
-            buffers,
-            self.comm,
-            dtype=model.dtype,
-            load_format=model.load_format,
-            seed=model.seed,
-        )
+        decoder = Decoder(spec, self.binder, buffers, self.comm, dtype=model.dtype)
+        kept = open_cache(model, self.binder, rank=self.comm.rank, ranks=self.comm.size)
+        fill(decoder, model.path, load_format=model.load_format, seed=model.seed, kept=kept)
+        self.decoder = decoder
         runner = Runner(
             device=self.device,
             decoder=decoder,

@@ -242,6 +242,10 @@ class OpBinder:
             self.device.account(packed, packed.extra_bytes, tag="weights")
         return packed
 
+    def layouts(self) -> dict[str, str]:
+        """The layouts of packed weights that may be kept in a file, by canonical format."""
+        return {format: one.layout for format, one in self._packers.items() if one.layout}
+
     def report(self) -> list[Binding]:
         """Every choice so far, in order."""
         return list(self._report)

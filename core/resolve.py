@@ -139,6 +139,7 @@ class _Resolution:
             generation=generation,
             eos_token_ids=eos_ids,
             load_format=args.load_format,
+            packed_cache=args.packed_cache,
             quantization=args.quantization,
             seed=args.seed,
             max_logprobs=args.max_logprobs,

@@ -197,9 +197,12 @@ class PackedWeight:
 class WeightPacker(Contract):
     """Turns canonical tensors (for `dense`: `weight`, `[out, in]`; for quantized weights what
     their format names) into a layout that every `linear` of the same platform reads which supports
-    that `OpSignature.weight_format`. `format` names the canonical form it takes."""
+    that `OpSignature.weight_format`. `format` names the canonical form it takes. `layout`: name and
+    version of the layout where packed weights are plain tensors, which may be kept in a file and
+    given back at another start; empty: they are not."""
 
     format: str
+    layout: str = ""
 
     @abstractmethod
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight: ...

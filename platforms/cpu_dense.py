@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..kernels_cpu.library import Call, library
+from ..kernels_cpu.library import VERSION, Call, library
 from .cpu_native import NativeOp, Operand
 from .host_device import huge_pages
 from .interface import OpSignature, Output, PackedWeight, Support, WeightPacker
@@ -79,6 +79,7 @@ class NativeDensePacker(WeightPacker):
     """Any dense weight, once: the layout costs nothing but its edges."""
 
     format = DENSE
+    layout = f"{NATIVE}-{VERSION}"
 
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         weight = tensors["weight"]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels_cpu.library import Call, library
+from ..kernels_cpu.library import VERSION, Call, library
 from .cpu_dense import PANEL
 from .cpu_native import Operand
 from .host_device import huge_pages
@@ -35,6 +35,7 @@ MOST_INPUTS = 1 << 16
 
 class CpuInt8Packer(WeightPacker):
     format = INT8
+    layout = f"{NATIVE_INT8}-{VERSION}"
 
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         """Raises ValueError where there are more than MOST_INPUTS inputs."""
@@ -60,6 +61,7 @@ class CpuInt8Packer(WeightPacker):
 
 class CpuInt4Packer(WeightPacker):
     format = INT4
+    layout = f"{NATIVE_INT4}-{VERSION}"
 
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         """Raises ValueError where there are more than MOST_INPUTS inputs, or groups of a size that
@@ -132,8 +134,8 @@ def _up(size: int, multiple: int) -> int:
 
 def _by_panels(numbers: Tensor) -> Tensor:
     """`[out, groups]` -> `[panels, groups, PANEL]`, filled up with zeros."""
-    panels = F.pad(numbers, (0, 0, 0, -len(numbers) % PANEL)).unflatten(0, (-1, PANEL))
-    return panels.transpose(1, 2).contiguous()
+    filled = F.pad(numbers, (0, 0, 0, -len(numbers) % PANEL))
+    return filled.view(-1, PANEL, numbers.shape[1]).transpose(1, 2).contiguous()
 
 
 def _int4_bytes(shape: tuple[int, int], group: int) -> int:

@@ -20,7 +20,7 @@ from ..ops import OpBinder
 from ..quantization.codes import NotFiniteError, largest_of_rows
 from .spec import DecoderSpec
 from .step import StepBuffers
-from .weights import Layer, Read, WeightSlot
+from .weights import Layer, Read, WeightSlot, WeightSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,25 +59,42 @@ class Linear(Layer):
         self._packed: PackedWeight | None = None
         self._bias: Tensor | None = None
 
-    def _row_name(self, row: int) -> str:
-        """Where a row of the weight comes from, for messages."""
+    def _origin(self, row: int) -> tuple[str, int]:
+        """The tensor of the checkpoint that a row of the weight comes from, and its row there."""
         raise NotImplementedError
 
     def _plain(self) -> Tensor:
         """`[out, in]`, to be filled and packed."""
         return self._context.alloc(self._out_features, self._in_features)
 
-    def _pack(self, plain: Tensor, *, largest: Tensor | None = None, shared: bool = False) -> None:
+    def _restore(self, source: WeightSource) -> bool:
+        """Take the packed weight of an earlier start, where one is kept."""
+        if source.kept is not None:
+            shape = (self._out_features, self._in_features)
+            self._packed = source.kept.get(self._origin(0)[0], shape)
+        return self._packed is not None
+
+    def _pack(
+        self,
+        plain: Tensor,
+        source: WeightSource,
+        *,
+        largest: Tensor | None = None,
+        shared: bool = False,
+    ) -> None:
         """See `OpBinder.pack`."""
         try:
             self._packed = self._context.binder.pack(
                 plain, self._linear, self._scheme, largest=largest, shared=shared
             )
         except NotFiniteError as error:
+            name, row = self._origin(error.row)
             raise ModelLoadError(
-                f"{self._row_name(error.row)} holds a NaN or an infinity: such a weight cannot be "
+                f"row {row} of {name} holds a NaN or an infinity: such a weight cannot be "
                 "quantized. Leave --quantization out, or mend the checkpoint."
             ) from None
+        if source.kept is not None:
+            source.kept.add(self._origin(0)[0], self._packed)
 
 
 class Part(NamedTuple):
@@ -133,20 +150,22 @@ class ColumnLinear(Linear):
             if self._bias is not None:
                 yield part.bias()
 
-    def load(self, read: Read) -> None:
-        plain, row = self._plain(), 0
+    def load(self, source: WeightSource) -> None:
+        plain, row = None if self._restore(source) else self._plain(), 0
         for part in self._parts:
             rows = slice(row, row + part.stop - part.start)
-            read(part.weight(self._in_features), plain[rows])
+            if plain is not None:
+                source.read(part.weight(self._in_features), plain[rows])
             if self._bias is not None:
-                read(part.bias(), self._bias[rows])
+                source.read(part.bias(), self._bias[rows])
             row = rows.stop
-        self._pack(plain)
+        if plain is not None:
+            self._pack(plain, source)
 
-    def _row_name(self, row: int) -> str:
+    def _origin(self, row: int) -> tuple[str, int]:
         for part in self._parts:
             if row < part.stop - part.start:
-                return f"row {part.start + row} of {part.name}.weight"
+                return f"{part.name}.weight", part.start + row
             row -= part.stop - part.start
         raise IndexError(row)
 
@@ -180,22 +199,24 @@ class RowLinear(Linear):
         if self._whole_bias is not None:
             yield self._bias_slot
 
-    def load(self, read: Read) -> None:
+    def load(self, source: WeightSource) -> None:
+        if self._whole_bias is not None:
+            source.read(self._bias_slot, self._whole_bias)
+        if self._restore(source):
+            return
         plain, largest = self._plain(), None
         if self._reads_whole:
             whole = self._context.alloc(*self._weight_slot.shape)
-            read(self._weight_slot, whole)
+            source.read(self._weight_slot, whole)
             largest = largest_of_rows(whole)
             plain.copy_(whole[:, self._share])
             del whole
         else:
-            read(self._weight_slot, plain)
-        if self._whole_bias is not None:
-            read(self._bias_slot, self._whole_bias)
-        self._pack(plain, largest=largest)
+            source.read(self._weight_slot, plain)
+        self._pack(plain, source, largest=largest)
 
-    def _row_name(self, row: int) -> str:
-        return f"row {row} of {self._weight_slot.name}"
+    def _origin(self, row: int) -> tuple[str, int]:
+        return self._weight_slot.name, row
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._comm.all_reduce(self._linear(hidden, self._packed, self._bias))
@@ -247,8 +268,8 @@ class VocabEmbedding(Layer):
     def slots(self) -> Iterator[WeightSlot]:
         return self._share.slots(self._name, self._shape)
 
-    def load(self, read: Read) -> None:
-        self._share.fill(self.table, self.slots(), read)
+    def load(self, source: WeightSource) -> None:
+        self._share.fill(self.table, self.slots(), source.read)
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         if self._comm.size == 1:
@@ -277,16 +298,18 @@ class LmHead(Linear):
         if self._tied is None:
             yield from self._share.slots(self._name, (self._vocab_size, self._in_features))
 
-    def load(self, read: Read) -> None:
+    def load(self, source: WeightSource) -> None:
+        if self._restore(source):
+            return
         if self._tied is not None:
-            self._pack(self._tied, shared=True)  # the embedding has filled it
+            self._pack(self._tied, source, shared=True)  # the embedding has filled it
             return
         plain = self._share.pad(self._plain())
-        self._share.fill(plain, self.slots(), read)
-        self._pack(plain)
+        self._share.fill(plain, self.slots(), source.read)
+        self._pack(plain, source)
 
-    def _row_name(self, row: int) -> str:
-        return f"row {self._share.start + row} of {self._name}.weight"
+    def _origin(self, row: int) -> tuple[str, int]:
+        return f"{self._name}.weight", self._share.start + row
 
     def __call__(self, rows: Tensor) -> Tensor:
         logits = self._linear(rows, self._packed, None)
@@ -309,9 +332,9 @@ class RMSNorm(Layer):
         size = len(self._weight)
         yield WeightSlot(f"{self._name}.weight", (size,), 0, size, init="ones")
 
-    def load(self, read: Read) -> None:
+    def load(self, source: WeightSource) -> None:
         for slot in self.slots():
-            read(slot, self._weight)
+            source.read(slot, self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._norm(x, self._weight, self._eps)

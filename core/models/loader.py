@@ -20,9 +20,10 @@ from ..errors import ConfigError, ModelLoadError
 from ..ops import OpBinder
 from .checkpoint import Checkpoint
 from .decoder import Decoder
+from .packed_cache import PackedCache
 from .spec import DecoderSpec
 from .step import StepBuffers
-from .weights import Read, WeightSlot
+from .weights import Read, WeightSlot, WeightSource
 
 logger = logging.getLogger("trimaran.loader")
 
@@ -59,21 +60,31 @@ def load_model(
     return decoder
 
 
-def fill(decoder: Decoder, path: Path, *, load_format: str = "auto", seed: int = 0) -> None:
+def fill(
+    decoder: Decoder,
+    path: Path,
+    *,
+    load_format: str = "auto",
+    seed: int = 0,
+    kept: PackedCache | None = None,
+) -> None:
     """Fill `decoder` from the checkpoint in `path`, or with random weights (`dummy`), and make it
-    ready to run. Raises ModelLoadError naming every tensor and file at fault."""
+    ready to run. `kept`: packed weights of an earlier start of this checkpoint; what it lacked is
+    written to it. Raises ModelLoadError naming every tensor and file at fault."""
     if load_format not in FORMATS:
         raise ConfigError(
             f"load_format={load_format!r} is unknown. Known: {', '.join(FORMATS)}.",
             param="load_format",
         )
     if load_format == "dummy":
-        decoder.load(_random_reader(seed))
+        decoder.load(WeightSource(_random_reader(seed)))
     else:
         with Checkpoint(path) as checkpoint:
             slots = list(decoder.slots())
             _check(checkpoint, slots, decoder, path)
-            decoder.load(_reader(checkpoint, slots))
+            decoder.load(WeightSource(_reader(checkpoint, slots), kept))
+            if kept is not None:
+                kept.save()
     decoder.device.synchronize()
 
 

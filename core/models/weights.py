@@ -9,6 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from .packed_cache import PackedCache
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSlot:
@@ -43,6 +45,14 @@ Read = Callable[[WeightSlot, Tensor], None]
 """Copies a slot's part into a tensor of its shape, converting on the way."""
 
 
+@dataclass(frozen=True, slots=True)
+class WeightSource:
+    """Where `Layer.load` takes weights from. `kept`: packed ones of an earlier start."""
+
+    read: Read
+    kept: PackedCache | None = None
+
+
 class Layer:
     """Something with weights. Built without them; runs only after `load`."""
 
@@ -53,8 +63,8 @@ class Layer:
         for child in self.children:
             yield from child.slots()
 
-    def load(self, read: Read) -> None:
+    def load(self, source: WeightSource) -> None:
         """Fill the weights and bring them into the layout that their op reads, one child after
         the other: of plain weights that become packed ones, only one layer's exist at a time."""
         for child in self.children:
-            child.load(read)
+            child.load(source)

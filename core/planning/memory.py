@@ -18,6 +18,7 @@ from ..models.decoder import Decoder
 from ..models.registry import decoder_spec
 from ..models.spec import DecoderSpec
 from ..models.step import StepBuffers, StepGroup, make_groups, slot_dtype
+from ..models.weights import WeightSource
 from ..ops import OpBinder
 from ..quantization.scheme import PLAIN, WeightScheme
 from ..runner.rows import SLACK, RowTable
@@ -186,7 +187,7 @@ def rank_memory(
     )
     decoder = Decoder(spec, packing, buffers, PlannedRank(ranks), dtype=dtype)
     shapes = {slot.name: slot.shape for slot in decoder.slots()}
-    decoder.load(lambda slot, target: None)
+    decoder.load(WeightSource(lambda slot, target: None))
     rows = RowTable(device, num_seqs, max_model_len, [g.spec.block_size for g in groups])
     held = device.held()
     del rows

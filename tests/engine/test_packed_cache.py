@@ -1,0 +1,94 @@
+"""Packed weights kept on disk: the next start takes them, and gives the same tokens."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.engine_loop import greedy, open_loop
+from helpers.tiny_models import model_path
+
+from trimaran.core.models import packed_cache
+from trimaran.kernels_cpu.library import unavailable
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+PROMPT = list(range(5, 25))
+
+
+def tokens(variant: str, folder: Path | str, **args: Any) -> list[int]:
+    options = {"platform": "cpu", "packed_cache": str(folder), "block_size": 16, **args}
+    with open_loop(variant, **options) as loop:
+        found = loop.run([greedy("a", PROMPT, 12)])
+        memory = loop.executor.device.memory().by_tag["weights"]
+    assert memory > 0
+    return found["a", 0].tokens
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("variant", ["qwen3", "qwen3_tied", "llama_biased"])
+def test_the_second_start_packs_nothing(
+    variant: str, quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = tokens(variant, "off", quantization=quantization)
+    assert tokens(variant, tmp_path, quantization=quantization) == expected
+    (kept,) = tmp_path.iterdir()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a weight is packed again")
+
+    monkeypatch.setattr("trimaran.core.ops.OpBinder.pack", fail)
+    assert tokens(variant, tmp_path, quantization=quantization) == expected
+    assert list(tmp_path.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_a_damaged_file_is_made_again(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = tokens("qwen3", tmp_path)
+    (kept,) = tmp_path.iterdir()
+    whole = kept.read_bytes()
+    broken = {"truncated": whole[:-1], "header": whole[:8] + b"x" + whole[9:], "empty": b""}[damage]
+    kept.write_bytes(broken)
+    assert tokens("qwen3", tmp_path) == expected
+    assert "are made again" in caplog.text and kept.name in caplog.text
+    assert kept.read_bytes() == whole
+
+
+def test_another_checkpoint_dtype_or_quantization_has_a_file_of_its_own(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_path("qwen3"), model)
+    folder = tmp_path / "kept"
+    for change in ({}, {"quantization": "int8"}, {"dtype": "bfloat16"}):
+        tokens("qwen3", folder, model=str(model), **change)
+    assert len(list(folder.iterdir())) == 3
+    weights = next(model.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes())  # as a new version of it would be
+    tokens("qwen3", folder, model=str(model))
+    assert len(list(folder.iterdir())) == 4
+
+
+def test_a_full_disk_or_a_place_that_is_no_folder_costs_only_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    expected = tokens("qwen3", "off")
+    assert tokens("qwen3", file / "folder") == expected
+    assert "are not kept" in caplog.text
+    monkeypatch.setattr(packed_cache, "SPARE", 1 << 40)
+    assert tokens("qwen3", tmp_path / "folder") == expected
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_small_checkpoints_are_not_kept_unless_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokens("qwen3", "auto")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(packed_cache, "AUTO_BYTES", 0)
+    tokens("qwen3", "auto")
+    assert len(list((tmp_path / "trimaran" / "packed").iterdir())) == 1
