@@ -28,7 +28,8 @@ def signatures(interface: ModuleType, ops: ModuleType) -> str:
         elif not isinstance(member, tuple):  # an alias, or a name that stands for itself
             lines.append(f"{name} = {member}")
     for name, spec in sorted(ops.OPS.items()):
-        need = "required" if spec.required else f"= {' + '.join(spec.composition)}"
+        optional = f"= {' + '.join(spec.composition)}" if spec.composition else "optional"
+        need = "required" if spec.required else optional
         lines.append(f"op {name}{inspect.signature(spec.reference)} {need}")
     lines += [f"chain {' + '.join(chain)}" for chain in ops.CHAINS]
     return "\n".join(lines).replace("''", '""').replace("'", "") + "\n"

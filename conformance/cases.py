@@ -17,7 +17,7 @@ Make = Callable[[int, torch.dtype], Arguments]
 
 SPECIAL = (float("nan"), float("inf"), float("-inf"))
 INDEXED = ("embed", "copy")  # ops whose second argument holds the values
-SPREADS = ("embed", "gather_rows", "sample")  # ops whose rows are not those of their input
+SPREADS = ("embed", "gather_rows", "sample", "draw")  # ops whose rows are not those of their input
 
 
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -93,6 +93,19 @@ def _scores(vocab: int) -> Make:
     return lambda n, dtype: (normal(n, vocab, dtype=torch.float32).round(),)  # many are equal
 
 
+def _draw(vocab: int, top_p: float, min_p: float, top_k: int) -> Make:
+    """Temperatures around 1, seeds of 64 bits."""
+
+    def make(n: int, dtype: torch.dtype) -> Arguments:
+        floats = torch.tensor([[1.0], [top_p], [min_p]]).repeat(1, n)
+        floats[0] += torch.rand(n)
+        words = torch.randint(0, 1 << 32, (3, n))
+        ints = torch.stack((torch.full((n,), top_k), *words[:2], words[2] % 5, words[2] % 9999))
+        return 3 * normal(n, vocab, dtype=torch.float32), floats, ints, 8
+
+    return make
+
+
 _GATED: Mapping[str, Make] = {f"size {size}": _gated(size) for size in (1, 48, 65)}
 
 CASES: Mapping[str, Mapping[str, Make]] = {
@@ -119,6 +132,12 @@ CASES: Mapping[str, Mapping[str, Make]] = {
     "gather_rows": {"size 40": _gather},
     "copy": {"from float32": _copy, "size 33": _two(33)},
     "sample": {"vocab 300": _scores(300), "vocab 17": _scores(17)},
+    "draw": {
+        "vocab 300": _draw(300, 1.0, 0.0, 0),
+        "vocab 300, top_k": _draw(300, 1.0, 0.0, 7),
+        "vocab 301, top_p": _draw(301, 0.8, 0.0, 0),
+        "vocab 17, all filters": _draw(17, 0.9, 0.02, 9),
+    },
 }
 """Op → variant → arguments for a number of tokens in a dtype, from torch's generator."""
 
@@ -142,7 +161,7 @@ def sizes(op: str, args: Arguments) -> dict[str, int]:
         return own | {"size": out_features // 2} if op.endswith("_mul") else own
     if op == "rope":
         return {"head_dim": first.shape[-1], "rope_dim": args[3].shape[-1]}
-    if op == "sample":
+    if op in ("sample", "draw"):
         return {"vocab": first.shape[-1]}
     return {"size": first.shape[-1] // 2 if op.endswith("_mul") else first.shape[-1]}
 

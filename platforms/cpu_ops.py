@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels_cpu.library import Call
+from ..kernels_cpu.library import SCRATCH_BYTES, Call
 from .cpu_linear import Linear
 from .cpu_native import NativeOp, Operand
-from .interface import OpImpl, Output
+from .interface import OpImpl, OpSignature, Output, Support
 from .torch_ops import TorchOp, common_ops
 
 _ANY_ROW = 1 << 62  # an operand does not know how many rows it has
+_MAX_VOCAB = SCRATCH_BYTES // 5  # a float a token, and what little `draw` keeps beside
 
 
 class NativeEmbed(NativeOp):
@@ -148,6 +149,26 @@ class NativeSample(NativeOp):
         call.n[:2] = scores.shape[0], scores.strides[0]
 
 
+class NativeDraw(NativeOp):
+    op = kernel = "draw"
+
+    def supports(self, sig: OpSignature) -> Support:
+        if sig.sizes.get("vocab", 0) > _MAX_VOCAB:
+            return Support.no(f"its scratch memory holds {_MAX_VOCAB} logits")
+        return super().supports(sig)
+
+    def outputs(self, args: Sequence[Any]) -> Sequence[Output]:
+        rows = len(args[0])
+        return [Output((rows,), torch.int64), Output((rows,), torch.float32)]
+
+    def fill(self, call: Call, out: Sequence[Operand], args: Sequence[Any]) -> None:
+        logits, floats, ints, _ = args
+        call.input[:3] = logits.address, floats.data_ptr(), ints.data_ptr()
+        call.output[:2] = out[0].address, out[1].address
+        call.n[:2] = logits.shape[0], logits.strides[0]
+        call.n[2:6] = *floats.stride(), *ints.stride()
+
+
 class Rope(TorchOp):
     """Query and key turn together: half the calls of the reference, bit-equal to it."""
 
@@ -201,6 +222,7 @@ def cpu_ops() -> dict[str, list[OpImpl]]:
         NativeGated("gelu_tanh_mul"),
         NativeGatherRows(),
         NativeSample(),
+        NativeDraw(),
     ]
     by_op: dict[str, list[OpImpl]] = {}
     for impl in (*native, Linear(), Rope(), *common_ops("cpu")):

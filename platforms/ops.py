@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .draw import SHORT as SHORT
+from .draw import draw as draw
+from .draw import scale as scale
 from .interface import DENSE as DENSE
 from .interface import INT4_GROUPS, OpImpl, OpSignature, PackedWeight, Support, WeightPacker
 
@@ -58,8 +61,8 @@ _COPIED = dict.fromkeys(_ROUNDING, EXACT)
 
 @dataclass(frozen=True, slots=True)
 class OpSpec:
-    """One op. `required` ops must work on every platform; the others may be left out because they
-    equal `composition`, standard ops run in order, which is what their reference does."""
+    """One op. `required` ops must work on every platform; the others may be left out: those with a
+    `composition`, standard ops run in order, equal it, and the rest is served by the reference."""
 
     name: str
     reference: Callable[..., Any]
@@ -196,6 +199,7 @@ OPS: Mapping[str, OpSpec] = {
         OpSpec("gather_rows", gather_rows, _COPIED),
         OpSpec("copy", copy, _COPIED),
         OpSpec("sample", sample, _COPIED),
+        OpSpec("draw", draw, dict.fromkeys(_ROUNDING, _ROUNDING[torch.float32]), False),
         OpSpec("add_rms_norm", add_rms_norm, _ROUNDING, False, ("add", "rms_norm")),
     )
 }

@@ -42,10 +42,14 @@ def op_by_op(num_tokens: int) -> StepFn | None:
 
 def bind_ends(
     binder: OpBinder, spec: DecoderSpec, dtype: torch.dtype
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The ops after the decoder: picking the rows that yield a token, and greedy sampling."""
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """The ops after the decoder: picking the rows that yield a token, greedy sampling, and drawing
+    at random."""
     gather = binder.bind("gather_rows", dtype, size=spec.hidden_size)
-    return gather, binder.bind("sample", torch.float32, vocab=spec.vocab_size)
+    argmax, draw = (
+        binder.bind(op, torch.float32, vocab=spec.vocab_size) for op in ("sample", "draw")
+    )
+    return gather, argmax, draw
 
 
 class Runner:
@@ -72,9 +76,9 @@ class Runner:
         self.compiled: StepOf = op_by_op
         self._rows = RowTable(device, num_rows, scheduler.max_model_len, sizes)
         self._regions = self._alloc_kv(cache, binder.platform)
-        self._gather, argmax = bind_ends(binder, decoder.spec, model.dtype)
-        tokens = self._rows.tokens
-        sampler = Sampler(device, tokens, vocab, logprobs_mode=model.logprobs_mode, argmax=argmax)
+        self._gather, argmax, draw = bind_ends(binder, decoder.spec, model.dtype)
+        tokens, mode = self._rows.tokens, model.logprobs_mode
+        sampler = Sampler(device, tokens, vocab, logprobs_mode=mode, argmax=argmax, draw=draw)
         self._heads: tuple[OutputHead, ...] = (
             PromptLogprobsHead(device, tokens, vocab),
             TokenHead(device, tokens, sampler),

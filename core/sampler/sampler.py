@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...platforms.interface import Device
+from ...platforms.ops import SHORT, draw, scale
 from ..plan import NewRow
-from .draw import GREEDY_BELOW, SHORT, DrawParams, draw, scale
 from .features import (
     AllowedTokens,
     BadWords,
@@ -29,11 +29,16 @@ from .features import (
 )
 from .logprobs import HostLogprobs, gather_logprobs, resolve_count
 from .penalties import Penalties
-from .philox import NoiseKey
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
 
 _BANNED = float("-inf")
 _LOW_WORD = 0xFFFFFFFF
 _EQUALS = 12
+
+
+Draw = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +62,17 @@ class Sampler:
         vocab: int,
         *,
         logprobs_mode: str = "raw",
-        argmax: Callable[[Tensor], Tensor] | None = None,
+        argmax: Callable[[Tensor], Tensor] = lambda scores: scores.argmax(-1),
+        draw: Draw = draw,
     ) -> None:
-        """`tokens`: the token table on the device, int32 `[rows, length]`. `argmax`: the bound
-        `sample` op."""
+        """`tokens`: the token table on the device, int32 `[rows, length]`. `argmax`, `draw`: the
+        bound ops `sample` and `draw`."""
         rows = len(tokens)
         self._device = device
         self._vocab = vocab
         self._processed_logprobs = logprobs_mode == "processed"
-        self._argmax = argmax or (lambda scores: scores.argmax(-1))
+        self._argmax = argmax
+        self._draw = draw
         self._features: tuple[Feature, ...] = (
             AllowedTokens(device, vocab),
             BadWords(device, vocab, tokens),
@@ -107,6 +114,7 @@ class Sampler:
         return StagedSampling(
             device=self._device,
             argmax=self._argmax,
+            draw=self._draw,
             processed_logprobs=self._processed_logprobs,
             features=[staged for staged in features if staged is not None],
             drawing=self._stage_draw(rows, positions),
@@ -121,23 +129,22 @@ class Sampler:
             return None
         to_device = self._device.to_device
         selected = rows[drawn]
-        ints = np.vstack([self._ints[:, selected], positions[drawn]])
-        temperature, top_p, min_p = to_device(torch.from_numpy(self._floats[:, selected])).unbind()
-        top_k, low, high, child, position = to_device(torch.from_numpy(ints)).unbind()
-        params = DrawParams(temperature, top_k, top_p, min_p, NoiseKey(low, high, child, position))
+        floats = to_device(torch.from_numpy(self._floats[:, selected]))
+        ints = to_device(torch.from_numpy(np.vstack([self._ints[:, selected], positions[drawn]])))
         index = None if len(drawn) == len(rows) else to_device(torch.from_numpy(drawn))
         asked = self._ints[0, selected]  # room for top_k and some equals of its last one
         short = int(np.where(asked > 0, asked + _EQUALS, SHORT).max())
-        return _Drawing(index, params, min(short, SHORT))
+        return _Drawing(index, floats, ints, min(short, SHORT))
 
 
 @dataclass(frozen=True, slots=True)
 class _Drawing:
-    """The rows that are not greedy: their indices in the batch (None: all) and settings. `short`:
-    how many candidates of each to look at first."""
+    """The rows that are not greedy: their indices in the batch (None: all), and what the op `draw`
+    takes beside their logits."""
 
     index: Tensor | None
-    params: DrawParams
+    floats: Tensor
+    ints: Tensor
     short: int
 
 
@@ -148,6 +155,7 @@ class StagedSampling:
 
     device: Device
     argmax: Callable[[Tensor], Tensor]
+    draw: Draw
     processed_logprobs: bool
     features: list[Staged]
     drawing: _Drawing | None
@@ -183,15 +191,16 @@ class StagedSampling:
         filtered logits: then they replace `logits`."""
         if self.drawing is None:
             return self.argmax(logits)
-        index, params = self.drawing.index, self.drawing.params
-        scaled = scale(logits if index is None else logits[index], params.temperature)
-        drawn = draw(scaled, params, self.argmax, self.drawing.short)
+        index, floats, ints = self.drawing.index, self.drawing.floats, self.drawing.ints
+        chosen = logits if index is None else logits[index]
+        token_ids, floor = self.draw(chosen, floats, ints, self.drawing.short)
         if self.processed_logprobs and self.logprob_index is not None:
-            scaled.masked_fill_(scaled < drawn.floor[:, None], _BANNED)
+            scaled = scale(chosen, floats[0])
+            scaled.masked_fill_(scaled < floor[:, None], _BANNED)
             logits[slice(None) if index is None else index] = scaled
         if index is None:
-            return drawn.token_ids
-        return self.argmax(logits).index_copy_(0, index, drawn.token_ids)
+            return token_ids
+        return self.argmax(logits).index_copy_(0, index, token_ids)
 
     def _logprobs(
         self, raw: Tensor | None, logits: Tensor, token_ids: Tensor

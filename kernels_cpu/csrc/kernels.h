@@ -1,6 +1,7 @@
 // All kernels for one instruction set, and the table of them. Included by each isa_*.cpp.
 #pragma once
 #include "attention.h"
+#include "draw.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "quantized.h"

@@ -52,13 +52,20 @@ INLINE Best best_of(const float* scores, int64_t begin, int64_t end) {
 }
 
 constexpr int64_t SECTIONS = 16;  // of a row, that threads share
+constexpr int64_t SHARED_ROWS = 256;
+static_assert(SHARED_ROWS * SECTIONS * sizeof(Best) <= SCRATCH_BYTES);
 
 // in: scores f32 [rows, size]. out: int64 [rows], the first place of each row's largest. n: size,
-// row stride. At most SCRATCH_BYTES / 256 rows.
+// row stride. Threads share each of a few rows; of many, each row is one thread's.
 static void sample(const Call& call, const Team& team) {
     const int64_t size = call.n[0], stride = call.n[1], rows = rows_of(call, team);
     const float* scores = (const float*)call.in[0];
     int64_t* out = (int64_t*)call.out[0];
+    if (rows > SHARED_ROWS) {
+        for (int64_t row; team.take_one(rows, row);)
+            out[row] = best_of(scores + row * stride, 0, size).at;
+        return;
+    }
     Best* bests = (Best*)team.run->scratch;  // [rows, SECTIONS], of all threads
     const int64_t section = up((size + SECTIONS - 1) / SECTIONS, W);
     for (Range part; team.take(rows * SECTIONS, part);)

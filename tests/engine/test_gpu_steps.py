@@ -20,7 +20,7 @@ from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.attention_torch import TorchPagedAttention
 from trimaran.platforms.interface import AttentionBatch, AttentionImpl, AttentionSpec
 
-# Rows that draw at random read the sampler's decisions on the host (see core/sampler/draw.py).
+# Rows that draw at random read the sampler's decisions on the host (see platforms/draw.py).
 SAMPLING = {
     "greedy": RowSampling(temperature=0.0),
     "penalties": RowSampling(temperature=0.0, repetition_penalty=1.2, frequency_penalty=0.2),

@@ -14,9 +14,9 @@ from helpers.generate_reference import generate, greedy_cases, logprobs
 from torch import Tensor
 
 from trimaran.core.engine.messages import EngineRequest
-from trimaran.core.sampler.philox import NoiseKey, gumbel_rows
 from trimaran.core.sampling_params import BeamSearchParams
 from trimaran.core.types import PositionLogprobs
+from trimaran.platforms.philox import NoiseKey, gumbel_rows
 
 PLATFORMS: dict[str, dict[str, Any]] = {
     "cpu": {"platform": "cpu", "block_size": 16},

@@ -64,7 +64,25 @@ def arguments(op: str, rows: int, size: int, dtype: torch.dtype) -> tuple[Any, .
         return both[:, :3], both[:, 3:], positions, angles(2 * size)
     if op == "sample":
         return (columns(rows, size, torch.float32).round(),)  # many are equal
+    if op == "draw":
+        return drawing(columns(rows, size, torch.float32, 4.0), top_k=5, top_p=0.7, min_p=0.01)
     return (columns(rows, 2 * size, dtype, 3.0),)
+
+
+def drawing(
+    logits: Tensor,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 1 << 63 | 12345,
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The op's arguments; positions count from 100."""
+    rows = len(logits)
+    floats = torch.tensor([[temperature], [top_p], [min_p]]).repeat(1, rows)
+    ints = torch.tensor([[top_k], [seed & 0xFFFFFFFF], [seed >> 32], [2], [100]]).repeat(1, rows)
+    ints[4] += torch.arange(rows)
+    return logits, floats.T.contiguous().T, ints, 256  # as numpy lays out what it selects
 
 
 NATIVE = [
@@ -153,6 +171,70 @@ def test_sample_finds_the_first_best(
             places = torch.randint(0, vocab, (rows, 3), generator=generator)
             scores.scatter_(1, places, special)
             assert torch.equal(native("sample")(scores), scores.argmax(-1))
+
+
+# ---------------------------------------------------------------------------------------------
+# draw
+# ---------------------------------------------------------------------------------------------
+
+
+def spread(kind: str, rows: int, vocab: int) -> Tensor:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(rows, vocab, generator=generator)
+    if kind == "peaked":  # as a trained model's
+        return 2.5 * logits + 20 * torch.rand(rows, vocab, generator=generator).pow(300)
+    if kind == "equal":
+        return torch.zeros(rows, vocab)
+    if kind == "steps":  # many are equal, and many are banned
+        return logits.round().masked_fill(logits > 1.7, -math.inf)
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "equal", "steps"])
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {},
+        {"min_p": 0.05},
+        {"top_k": 1},
+        {"top_k": 50},
+        {"top_k": 50, "top_p": 0.95},
+        {"top_k": 9, "top_p": 0.6, "min_p": 0.1},
+        {"top_k": 2_000, "top_p": 0.9},
+        {"top_p": 0.95},
+        {"top_p": 0.3, "min_p": 0.001},
+        {"top_p": 0.9999},
+        {"top_p": 1e-9},
+    ],
+    ids=str,
+)
+def test_draw_draws_what_the_reference_draws(filters: dict[str, Any], kind: str) -> None:
+    """The same tokens and floors, in vocabularies around a span and far beyond."""
+    for vocab in (1, 63, 64, 65, 500, 9_001):
+        args = drawing(spread(kind, 5, vocab), **filters)
+        found, expected = native("draw")(*args), OPS["draw"].reference(*args)
+        assert torch.equal(found[0], expected[0]), vocab
+        assert torch.equal(found[1], expected[1]), vocab
+
+
+def test_draw_is_a_fair_lottery() -> None:
+    """Over many positions each token comes as often as its probability says."""
+    probs = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+    logits = probs.log().repeat(20_000, 1)
+    tokens, _ = native("draw")(*drawing(logits, temperature=1.0))
+    found = tokens.bincount(minlength=5) / len(tokens)
+    assert bool(((found - probs).abs() < 4 * (probs * (1 - probs) / len(tokens)).sqrt()).all())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_that_cannot_be_drawn_from_yields_token_0(value: float) -> None:
+    logits = torch.randn(3, 200)
+    logits[1, 77 if value > 0 or math.isnan(value) else slice(None)] = value
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.5}):
+        tokens, floors = native("draw")(*drawing(logits, **filters))
+        assert tokens[1] == 0 and floors[1] == -math.inf
+        rest = native("draw")(*drawing(torch.randn(3, 200).copy_(logits), **filters))[0]
+        assert torch.equal(tokens[[0, 2]], rest[[0, 2]])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from trimaran.core.sampler import philox
-from trimaran.core.sampler.philox import (
+from trimaran.platforms import philox
+from trimaran.platforms.philox import (
     MAX_GUMBEL,
     NoiseKey,
     gumbel,

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from trimaran.core.plan import NewRow, RowSampling
 from trimaran.core.sampler import sampler as sampler_module
-from trimaran.core.sampler.philox import NoiseKey, gumbel_rows
 from trimaran.core.sampler.sampler import Sampled, Sampler
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import Device
+from trimaran.platforms.philox import NoiseKey, gumbel_rows
 from trimaran.platforms.strict_device import StrictDevice
 
 VOCAB = 97

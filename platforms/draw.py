@@ -1,4 +1,4 @@
-"""Drawing one token a row: filters as thresholds, then Gumbel-max.
+"""Drawing one token a row: filters as thresholds, then Gumbel-max. The op `draw`'s reference.
 
 Every filter (min_p, top_k, top_p) is a lower bound on a row's logits, so the survivors do not
 depend on the order in which equal logits are sorted, on the other rows, or on how many candidates
@@ -7,21 +7,17 @@ these alone; noise belongs to a token id, hence the token is the one a full pass
 
 Gumbel-max: argmax(logit / T + g) with g standard Gumbel is a draw from softmax(logit / T).
 The decisions "is the short list enough" read tensors on the host: a device where that costs a
-synchronisation brings its own `sample` op.
+synchronisation brings its own `draw` op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .philox import NoiseKey, gumbel_at, gumbel_rows
-
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them would overflow."""
 
 SHORT = 256
 """How many candidates are looked at first, where top_k does not say."""
@@ -48,29 +44,26 @@ class DrawParams(NamedTuple):
         return (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0.0)
 
 
-class Drawn(NamedTuple):
-    """`token_ids` int64 `[rows]`; `floor` fp32 `[rows]`: what `scaled` had to reach to survive."""
-
-    token_ids: Tensor
-    floor: Tensor
-
-
 def scale(logits: Tensor, temperature: Tensor) -> Tensor:
     """(logits - row maximum) / temperature: at most 0, so that nothing overflows."""
     return (logits - logits.amax(-1, keepdim=True)).div_(temperature[:, None])
 
 
-def draw(
-    scaled: Tensor,
-    params: DrawParams,
-    argmax: Callable[[Tensor], Tensor],
-    short: int = SHORT,
-) -> Drawn:
-    """One token a row of `scaled` logits `[rows, vocab]` (see `scale`). `argmax`: the bound
-    `sample` op, `[rows, vocab]` → int64 `[rows]`, the lowest index of equals. `short`: how many
-    candidates of a filtered row to look at first; it changes the cost, never the token."""
+def draw(logits: Tensor, floats: Tensor, ints: Tensor, short: int = SHORT) -> tuple[Tensor, Tensor]:
+    """logits fp32 `[rows, vocab]`; floats fp32 `[3, rows]`: temperature (not 0), top_p, min_p;
+    ints int64 `[5, rows]`: top_k (0: all), the low and high half of the seed, child index, position
+    of the token -> token ids int64 `[rows]`, and fp32 `[rows]` what a row's `scale`d logits had to
+    reach to survive the filters. A row whose largest logit is not finite yields token 0.
+
+    `short`: how many candidates of a filtered row to look at first; it changes the cost, never the
+    token.
+    """
+    temperature, top_p, min_p = floats.unbind()
+    top_k, *key = ints.unbind()
+    params = DrawParams(temperature, top_k, top_p, min_p, NoiseKey(*key))
+    scaled = scale(logits, temperature)
     token_ids = torch.zeros(len(scaled), dtype=torch.int64, device=scaled.device)
-    floor = torch.full((len(scaled),), _NEVER, device=scaled.device)
+    floor = torch.full_like(temperature, _NEVER)
     rest = params.filtered.nonzero()[:, 0]
     size = short
     while len(rest):
@@ -82,8 +75,9 @@ def draw(
     whole = (~params.filtered).nonzero()[:, 0]
     if len(whole):
         noise = gumbel_rows(params.key.rows(whole), scaled.shape[-1])
-        token_ids[whole] = argmax(noise.add_(_take(scaled, whole)))
-    return Drawn(token_ids, floor)
+        token_ids[whole] = noise.add_(_take(scaled, whole)).argmax(-1)
+    failed = ~logits.amax(-1).isfinite()
+    return token_ids.masked_fill_(failed, 0), floor.masked_fill_(failed, _NEVER)
 
 
 def _take(scaled: Tensor, rows: Tensor) -> Tensor:
@@ -135,7 +129,7 @@ def _nucleus(
     """
     if bool((top_p >= 1.0).all()):
         return floor, torch.ones_like(bounded)
-    kept = values.double().exp_().masked_fill_(values < floor[:, None], 0.0)
+    kept = values.double().exp().masked_fill_(values < floor[:, None], 0.0)
     cumulative = kept.cumsum(-1)
     total = cumulative[:, -1]
     if not bool(bounded.all()):
