@@ -138,6 +138,15 @@ INLINE Chunk chunk_of(const Layer& layer, const Tile& tile, int64_t from, int64_
     return {from, to, {queries.begin * layer.group, queries.end * layer.group}};
 }
 
+// From a panel of values to the keys of the chunk behind this one, which are read next: in bytes.
+template <class C, class A>
+INLINE int64_t to_next_keys(const Work<A>& work, const C* values, int64_t key) {
+    const Paging& at = work.layer.paging;
+    if (key + KEYS >= work.tile.end) return AHEAD;
+    const int64_t block = work.tile.blocks[(key + KEYS) / at.size];
+    return (const char*)panels_of<C>(work.layer.cache, at, block, work.head).key - (const char*)values;
+}
+
 // Calls body(panels, offset, count, column) for each block with keys of the chunk: `count` keys from
 // `offset` on, which are columns of the scores.
 template <class C, class A, class Body>
@@ -201,7 +210,9 @@ static void score(const Work<A>& work, const Chunk& chunk) {
         const int64_t width = up(count, 16);
         const C* panel = block.key + offset * PairsOf<C>::value;
         if (wide) widen_keys(panel, at, width, column, room.wide_keys);
-        else product(query, lda, rows, panel, at.size, width, at.dim, scores + column, LD_SCORES);
+        else
+            product(query, lda, rows, panel, at.size, width, at.dim, scores + column, LD_SCORES, false,
+                    (const char*)block.value - (const char*)block.key);
         if constexpr (QUANTIZED<C>) {
             __builtin_memcpy(room.key_scale + column, block.key_scale + offset, width * sizeof(float));
             __builtin_memcpy(room.value_scale + column, block.value_scale + offset, width * sizeof(float));
@@ -294,7 +305,8 @@ static void weigh(const Work<A>& work, const Chunk& chunk, State state) {
         const C* panel = block.value + offset * at.dim;
         if (wide) return widen_values(panel, at, count, column, room.wide_values);
         const int64_t whole = count / P * P;
-        product(weights + column, LD_SCORES, rows, panel, at.dim, at.dim, whole, state.sum, at.dim, true);
+        product(weights + column, LD_SCORES, rows, panel, at.dim, at.dim, whole, state.sum, at.dim, true,
+                to_next_keys(work, block.value, chunk.from + column));
         if constexpr (P == 2)
             if (whole < count)
                 weigh_half_pair(weights + column + whole, rows, panel + whole * at.dim, state);

@@ -73,7 +73,8 @@ INLINE void write_token(const X* key, const X* value, const Paging& at, int64_t 
     constexpr int64_t P = PairsOf<C>::value;
     C kept[MAX_HEAD_DIM];
     const float key_scale = convert(key, at.dim, kept);
-    for (int64_t d = 0; d < at.dim; d++) to.key[(d / P * at.size + offset) * P + d % P] = kept[d];
+    for (int64_t d = 0; d < at.dim; d += P)
+        __builtin_memcpy((void*)(to.key + d * at.size + offset * P), kept + d, P * sizeof(C));
     const float value_scale = convert(value, at.dim, kept);
     C* row = to.value + offset / P * P * at.dim + offset % P;
     for (int64_t d = 0; d < at.dim; d++) row[d * P] = kept[d];

@@ -42,13 +42,19 @@ struct Factor<bf16> {
 };
 #endif
 
-constexpr int AHEAD = 1024;  // bytes that a stream of weights is fetched ahead
+constexpr int64_t AHEAD = 1024;  // bytes that a stream of weights is fetched ahead
+
+// The lines that `bytes` at `at` lie in.
+template <int bytes>
+INLINE void fetch(const char* at) {
+    UNROLL for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+}
 
 // acc[m][v] += sum over k of a[m * lda + k] * b[k][v * W ...]; `columns`: of a row of B. K is even
-// where B is in pairs.
+// where B is in pairs. `ahead`: bytes from B to what is read next.
 template <class B, int MR, int NV>
 INLINE void multiply(const float* a, int64_t lda, const B* b, int64_t columns, int64_t k_size,
-                     vf (&acc)[MR][NV]) {
+                     vf (&acc)[MR][NV], int64_t ahead) {
     // The vectors of B first, then row by row: all of them, one factor and the sums fit the registers.
     vf row[NV];
     const auto add_row = [&](int64_t k) __attribute__((always_inline)) {
@@ -58,7 +64,7 @@ INLINE void multiply(const float* a, int64_t lda, const B* b, int64_t columns, i
         }
     };
     for (int64_t k = 0; k < k_size; k += PairsOf<B>::value, b += PairsOf<B>::value * columns) {
-        __builtin_prefetch((const char*)b + AHEAD);
+        fetch<NV * W * PairsOf<B>::value * sizeof(B)>((const char*)b + ahead);
         if constexpr (PairsOf<B>::value == 2) {
             UNROLL for (int v = 0; v < NV; v++) row[v] = even(load_pairs(b + 2 * v * W));
             add_row(k);
@@ -75,9 +81,9 @@ INLINE void multiply(const float* a, int64_t lda, const B* b, int64_t columns, i
 // dpbf16 adds the pair's products in one step: the order is that of the pairs.
 template <int MR, int NV>
 INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns, int64_t k_size,
-                     vf (&acc)[MR][NV]) {
+                     vf (&acc)[MR][NV], int64_t ahead) {
     for (int64_t k = 0; k < k_size; k += 2, b += 2 * columns) {
-        __builtin_prefetch((const char*)b + AHEAD);
+        fetch<NV * W * 2 * sizeof(bf16)>((const char*)b + ahead);
         UNROLL for (int m = 0; m < MR; m++) {
             uint32_t pair;
             __builtin_memcpy(&pair, a + m * lda + k, 4);
@@ -92,30 +98,31 @@ INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns,
 // what stands in c. `width`: columns of C, a multiple of W.
 template <int MR, int NV, class A, class B>
 INLINE void columns_at(const A* a, int64_t lda, const B* b, int64_t columns, int64_t k_size, float* c,
-                       int64_t ldc, bool add) {
+                       int64_t ldc, bool add, int64_t ahead) {
     vf acc[MR][NV] = {};
     if (add)
         UNROLL for (int m = 0; m < MR; m++)
             UNROLL for (int v = 0; v < NV; v++) acc[m][v] = load(c + m * ldc + v * W);
-    multiply(a, lda, b, columns, k_size, acc);
+    multiply(a, lda, b, columns, k_size, acc, ahead);
     UNROLL for (int m = 0; m < MR; m++)
         UNROLL for (int v = 0; v < NV; v++) store(c + m * ldc + v * W, acc[m][v]);
 }
 template <int MR, class A, class B>
 static void tile(const A* a, int64_t lda, const B* b, int64_t columns, int64_t width, int64_t k_size,
-                 float* c, int64_t ldc, bool add) {
+                 float* c, int64_t ldc, bool add, int64_t ahead) {
     constexpr int NV = vectors_for(MR), P = PairsOf<B>::value;
     int64_t at = 0;
     for (; at + NV * W <= width; at += NV * W)
-        columns_at<MR, NV>(a, lda, b + at * P, columns, k_size, c + at, ldc, add);
+        columns_at<MR, NV>(a, lda, b + at * P, columns, k_size, c + at, ldc, add, ahead);
     for (; at < width; at += W)
-        columns_at<MR, 1>(a, lda, b + at * P, columns, k_size, c + at, ldc, add);
+        columns_at<MR, 1>(a, lda, b + at * P, columns, k_size, c + at, ldc, add, ahead);
 }
 
 // The same for any number of rows, in tiles of nearly equal height.
 template <class A, class B>
 static void product(const A* a, int64_t lda, int64_t rows, const B* b, int64_t columns,
-                    int64_t width, int64_t k_size, float* c, int64_t ldc, bool add = false) {
+                    int64_t width, int64_t k_size, float* c, int64_t ldc, bool add = false,
+                    int64_t ahead = AHEAD) {
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t t = 0; t < tiles; t++) {
         const Range part = part_of(rows, t, tiles);
@@ -123,7 +130,7 @@ static void product(const A* a, int64_t lda, int64_t rows, const B* b, int64_t c
         float* to = c + part.begin * ldc;
         switch (part.end - part.begin) {
 #define HEIGHT(MR) \
-    case MR: tile<MR>(from, lda, b, columns, width, k_size, to, ldc, add); break;
+    case MR: tile<MR>(from, lda, b, columns, width, k_size, to, ldc, add, ahead); break;
             HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
 #ifdef TRIMARAN_WIDE
             HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)

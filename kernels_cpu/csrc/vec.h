@@ -102,7 +102,12 @@ INLINE vf load(const f16* p) {
     return x;
 }
 INLINE vf load(const int8_t* p) {
-    return __builtin_convertvector(__builtin_convertvector(*(const vb_any*)p, vi), vf);
+    vi x;  // by name: gcc converts such short vectors byte by byte
+    for (int i = 0; i < W / 8; i++) {
+        const __m256i part = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i)));
+        __builtin_memcpy((int32_t*)&x + 8 * i, &part, sizeof part);
+    }
+    return __builtin_convertvector(x, vf);
 }
 
 INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
