@@ -10,7 +10,7 @@ namespace trimaran::ISA {
 
 constexpr int64_t SPAN = 64;  // tokens
 constexpr int64_t DIGIT = 11;  // bits of a key that are looked at together
-constexpr float NEVER = -__builtin_inff();
+constexpr float BANNED = -__builtin_inff();
 // Logits as far below the largest weigh nothing in a float64 sum over a vocabulary.
 constexpr float WEIGHTLESS = -50.0f;
 
@@ -32,16 +32,16 @@ INLINE vf scaled(const Row& row, vf x) { return (x - row.most) / row.temperature
 INLINE vf logits_at(const Row& row, int64_t at) {
     if (at + W <= row.size) return load(row.logits + at);
     float part[W];
-    for (int i = 0; i < W; i++) part[i] = at + i < row.size ? row.logits[at + i] : NEVER;
+    for (int i = 0; i < W; i++) part[i] = at + i < row.size ? row.logits[at + i] : BANNED;
     return load(part);
 }
 
 // Finds the largest of each span and of the row; false if that is no number, or none is allowed.
 static bool find_largest(Row& row) {
-    vf most = splat(NEVER);
+    vf most = splat(BANNED);
     vi odd = {};
     for (int64_t span = 0; span < row.spans; span++) {
-        vf here = splat(NEVER);
+        vf here = splat(BANNED);
         UNROLL for (int64_t i = 0; i < SPAN; i += W) {
             const vf x = logits_at(row, span * SPAN + i);
             here = max(x, here);
@@ -107,7 +107,7 @@ INLINE uint32_t key_of(float x) {
 }
 
 // The number at which the weights of those in the list, summed from the largest down, reach
-// `target`; NEVER if they do not. The list is put into another order. By the digits of the keys:
+// `target`; BANNED if they do not. The list is put into another order. By the digits of the keys:
 // once it is known which first digit the number has, the others no longer matter.
 template <class Weight>
 static float reach(float* list, int64_t count, double target, double* sums) {
@@ -123,7 +123,7 @@ static float reach(float* list, int64_t count, double target, double* sums) {
         }
         uint32_t digit = 0;
         while (digit <= mask && above + sums[digit] < target) above += sums[digit++];
-        if (digit > mask) return NEVER;
+        if (digit > mask) return BANNED;
         int64_t kept = 0;
         for (int64_t i = 0; i < count; i++) {
             const float x = list[i];
@@ -175,7 +175,7 @@ struct Choice {
 // largest - best) is large enough: 1 - e^-E < E for the others.
 static void choose(const Row& row, float floor, int64_t span, Choice& best) {
     const float most = scaled(row, row.largest[span]);
-    if (most < floor || most == NEVER || most + MAX_GUMBEL < best.score) return;
+    if (most < floor || most == BANNED || most + MAX_GUMBEL < best.score) return;
     const vf enough = vexp(splat(most - best.score)) * 1.0001f;
     const int64_t end = min((span + 1) * SPAN, row.size);
     for (int64_t first = span * SPAN; first < end; first += LANES * W) {
@@ -199,7 +199,7 @@ static void choose(const Row& row, float floor, int64_t span, Choice& best) {
 static int64_t draw_one(const Row& row, float floor) {
     int64_t top = 0;  // its span sets a bar that most others do not reach
     while (row.largest[top] != row.most) top++;
-    Choice best = {NEVER, row.size};
+    Choice best = {BANNED, row.size};
     choose(row, floor, top, best);
     for (int64_t span = 0; span < row.spans; span++)
         if (span != top) choose(row, floor, span, best);
@@ -229,7 +229,7 @@ static void draw(const Call& call, const Team& team) {
         row.top_k = word(0);
         row.key = {(uint32_t)word(1), (uint32_t)word(2), (uint32_t)word(3), (uint32_t)word(4)};
         const bool drawn = find_largest(row);
-        const float floor = drawn ? floor_of(row) : NEVER;
+        const float floor = drawn ? floor_of(row) : BANNED;
         ((float*)call.out[1])[i] = floor;
         ((int64_t*)call.out[0])[i] = drawn ? draw_one(row, floor) : 0;
     }
