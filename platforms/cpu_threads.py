@@ -36,6 +36,7 @@ class Binding:
 
 
 def asked() -> str:
+    """What the environment says."""
     return os.environ.get(VARIABLE, "").strip().lower() or "auto"
 
 
@@ -156,21 +157,20 @@ class BoundThreads:
 
     def __init__(self, binding: Binding) -> None:
         self._binding = binding
-        self._before: dict[int, set[int]] = {}  # thread → its CPUs without us
+        self._before: dict[int, set[int]] = {}  # thread → its CPUs without any binding
         self._callers: set[int] = set()
         if binding.home:  # this thread loads the weights, which stay where they are first written
-            self._bind(threading.get_native_id(), binding.home)
+            self._bind([threading.get_native_id()], [binding.home])
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
-        caller = threading.get_native_id()
         if not self._binding.threads:
             yield
             return
+        caller = threading.get_native_id()
         if caller not in self._callers:
             self._callers.add(caller)
-            for thread, cpus in zip(pool_threads()[1:], self._binding.threads[1:], strict=False):
-                self._bind(thread, cpus)
+            self._bind(pool_threads()[1:], self._binding.threads[1:])
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self._binding.threads[0])
         try:
@@ -188,7 +188,9 @@ class BoundThreads:
         self._callers.clear()
         self._binding = Binding("released")
 
-    def _bind(self, thread: int, cpus: frozenset[int]) -> None:
-        before = os.sched_getaffinity(thread)
-        os.sched_setaffinity(thread, cpus)
-        self._before.setdefault(thread, before)
+    def _bind(self, threads: Sequence[int], cpus: Sequence[frozenset[int]]) -> None:
+        # A pool has the CPUs of the thread that it serves, unless another device has bound it.
+        free = os.sched_getaffinity(0)
+        for thread, its_own in zip(threads, cpus, strict=False):
+            os.sched_setaffinity(thread, its_own)
+            self._before.setdefault(thread, free)

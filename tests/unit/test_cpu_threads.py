@@ -266,8 +266,12 @@ thread.start()
 thread.join()
 found["started"] = started
 def elsewhere():
+    second = platform.open()
+    platform.communicator(GroupSpec(), second)
+    second.launch(lambda: None).wait()
     launched("elsewhere")
     device.close()
+    second.close()
     launched("closed there")
 
 thread = threading.Thread(target=elsewhere)
