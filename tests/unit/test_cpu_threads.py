@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torch
 from trimaran.kernels_cpu.library import unavailable
 from trimaran.platforms import cpu_threads, host
 from trimaran.platforms.cpu import CpuPlatform
-from trimaran.platforms.cpu_threads import VARIABLE, binding
+from trimaran.platforms.cpu_threads import VARIABLE, Binding, BoundThreads, binding
 
 Machine = Callable[..., None]
 
@@ -313,3 +314,19 @@ def test_a_device_that_is_not_bound_leaves_threads_alone() -> None:
     assert before == [os.sched_getaffinity(0)]
     device.close()
     device.close()
+
+
+def test_the_thread_that_loads_a_rank_stays_on_its_nodes() -> None:
+    found: list[set[int]] = []
+
+    def load() -> None:
+        threads = BoundThreads(Binding("", home=frozenset({max(os.sched_getaffinity(0))})))
+        found.append(os.sched_getaffinity(0))
+        threads.release()
+        found.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    thread.join()
+    free = os.sched_getaffinity(0)
+    assert found == [{max(free)}, free]
