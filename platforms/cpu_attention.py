@@ -309,7 +309,9 @@ def _cut(tiles: _Tiles, spec: AttentionSpec, threads: int) -> _Cut | None:
         begin=np.where(is_part, np.maximum(parts.begin, border), parts.begin),
         end=np.where(is_part, np.minimum(parts.end, border + SPLIT), parts.end),
     )
-    sizes = np.where(is_part, parts.queries * (spec.num_heads * (spec.head_dim + 2)), 0)
+    rows = parts.queries * (spec.num_heads // spec.num_kv_heads)
+    floats = (rows + GRAIN - 1) // GRAIN * (GRAIN * spec.num_kv_heads * (spec.head_dim + 2))
+    sizes = np.where(is_part, floats, 0)
     ends = sizes.cumsum()
     memory = np.empty(ends[-1], dtype=np.float32)
     address = memory.ctypes.data + (ends - sizes) * memory.itemsize

@@ -4,10 +4,14 @@
 // rows of A. Softmax is computed online (Milakov and Gimelshein 2018, algorithm 3) over chunks of
 // keys, and begins anew at each split; splits are merged in their order, whether one thread went
 // through all of them or several did. The borders of chunks and splits are positions in the
-// sequence and nothing else: a row's result depends on its query and its keys alone.
+// sequence and nothing else: a row's result depends on its query and its keys alone. (Of AMX tiles,
+// which sum in another order than dpbf16, also on whether its tile has 16 rows.)
 #pragma once
 #include "kv_cache.h"
 #include "math.h"
+#ifdef TRIMARAN_AMX
+#include "attention_tiles.h"
+#endif
 
 namespace trimaran::ISA {
 
@@ -51,9 +55,11 @@ struct State {
     float *sum, *largest, *weight;
     int64_t rows, dim;
 };
-INLINE int64_t state_floats(int64_t rows, int64_t dim) { return rows * (dim + 2); }
+// In memory the rows are a multiple of 16, as tiles write them.
+INLINE int64_t state_floats(int64_t rows, int64_t dim) { return up(rows, 16) * (dim + 2); }
 INLINE State state_at(float* memory, int64_t rows, int64_t dim) {
-    return {memory, memory + rows * dim, memory + rows * (dim + 1), rows, dim};
+    const int64_t kept = up(rows, 16);
+    return {memory, memory + kept * dim, memory + kept * (dim + 1), rows, dim};
 }
 INLINE void clear(const State& state) {
     __builtin_memset(state.sum, 0, state.rows * state.dim * sizeof(float));
@@ -126,16 +132,32 @@ struct Work {
     const Room<A>& room;
 };
 
-// Keys [from, to) of a chunk, and the rows that see any of them.
+// Are the products of so many rows by AMX tiles?
+template <class A>
+INLINE bool tiled([[maybe_unused]] int64_t rows, [[maybe_unused]] int64_t dim) {
+#ifdef TRIMARAN_AMX
+    return sizeof(A) == sizeof(bf16) && rows >= TILE_ROWS && dim % TILE_K == 0;
+#else
+    return false;
+#endif
+}
+
+// Keys [from, to) of a chunk, and the rows that see any of them; for tiles, in steps of 16 rows.
 struct Chunk {
     int64_t from, to;
     Range rows;
+    bool tiled;
 };
+template <class A>
 INLINE Chunk chunk_of(const Layer& layer, const Tile& tile, int64_t from, int64_t to) {
-    Range queries{0, tile.queries};
-    if (layer.causal) queries.begin = max(0, from - tile.position);
-    if (layer.window) queries.end = min(tile.queries, to + layer.window - 1 - tile.position);
-    return {from, to, {queries.begin * layer.group, queries.end * layer.group}};
+    Range rows{0, tile.queries * layer.group};
+    const bool by_tiles = tiled<A>(rows.end, layer.paging.dim);
+    if (layer.causal) rows.begin = max(0, from - tile.position) * layer.group;
+    if (layer.window)
+        rows.end = min(rows.end, (to + layer.window - 1 - tile.position) * layer.group);
+    if (by_tiles && rows.begin < rows.end)
+        rows = {rows.begin / 16 * 16, min(tile.queries * layer.group, up(rows.end, 16))};
+    return {from, to, rows, by_tiles};
 }
 
 // From a panel of values to the keys of the chunk behind this one, which are read next: in bytes.
@@ -160,10 +182,50 @@ INLINE void for_blocks(const Work<A>& work, const Chunk& chunk, Body body) {
     }
 }
 
-template <class A, class C>
+template <class A>
 INLINE bool widens(const Chunk& chunk) {
     return sizeof(A) == sizeof(float) && chunk.rows.end - chunk.rows.begin >= WIDEN_FROM;
 }
+
+#ifdef TRIMARAN_AMX
+// Queries times the keys of one block, `width` of them.
+INLINE void score_by_tiles(const bf16* query, int64_t rows, const bf16* panel, const Paging& at,
+                           int64_t width, float* scores) {
+    TileSteps steps{{}, at.dim / TILE_K, at.size * 4};
+    for (int64_t step = 0; step < steps.count; step++) steps.at[step] = panel + step * TILE_K * at.size;
+    product_of_tiles(query, at.dim + GAP, up(rows, 16), steps, width, scores, LD_SCORES, false);
+}
+
+// Weights times values of a chunk, added to the sums. Steps that go over the border of a block, or
+// the last token, are copied, filled up with zeros.
+static void weigh_by_tiles(const Work<bf16>& work, const Chunk& chunk, float* sum) {
+    const Paging& at = work.layer.paging;
+    TileSteps steps{{}, up(chunk.to - chunk.from, TILE_K) / TILE_K, at.dim * 4};
+    for_blocks<bf16>(work, chunk, [&](const Panels<bf16>& block, int64_t offset, int64_t count, int64_t column) {
+        const bf16* panel = block.value + offset * at.dim;
+        for (int64_t key = 0, size; key < count; key += size) {
+            const int64_t step = (column + key) / TILE_K, within = (column + key) % TILE_K;
+            size = min(TILE_K - within, count - key);
+            if (size == TILE_K) {
+                steps.at[step] = panel + key * at.dim;
+                continue;
+            }
+            bf16* copy = (bf16*)work.room.wide_values + step * TILE_K * at.dim;
+            steps.at[step] = copy;
+            if (within == 0) __builtin_memset((void*)copy, 0, TILE_K * at.dim * sizeof(bf16));
+            bf16* to = copy + within * at.dim;
+            const bf16* from = panel + key * at.dim;
+            __builtin_memcpy((void*)to, from, size / 2 * 2 * at.dim * sizeof(bf16));
+            if (size % 2)
+                for (int64_t d = 0; d < at.dim; d++)
+                    to[(size - 1) * at.dim + 2 * d] = from[(size - 1) * at.dim + 2 * d];
+        }
+    });
+    const int64_t rows = up(chunk.rows.end - chunk.rows.begin, 16);
+    product_of_tiles(work.room.weights + chunk.rows.begin * LD_SCORES, LD_SCORES, rows, steps, at.dim,
+                     sum, at.dim, true);
+}
+#endif
 
 // Columns of a panel of keys as floats, in strips [D][STRIP].
 template <class C>
@@ -202,21 +264,24 @@ template <class C, class A>
 static void score(const Work<A>& work, const Chunk& chunk) {
     const Paging& at = work.layer.paging;
     const Room<A>& room = work.room;
-    const bool wide = widens<A, C>(chunk);
+    const bool wide = widens<A>(chunk);
     const int64_t lda = at.dim + GAP, rows = chunk.rows.end - chunk.rows.begin;
     const A* query = room.query + chunk.rows.begin * lda;
     float* scores = room.scores + chunk.rows.begin * LD_SCORES;
     for_blocks<C>(work, chunk, [&](const Panels<C>& block, int64_t offset, int64_t count, int64_t column) {
         const int64_t width = up(count, 16);
         const C* panel = block.key + offset * PairsOf<C>::value;
-        if (wide) widen_keys(panel, at, width, column, room.wide_keys);
-        else
-            product(query, lda, rows, panel, at.size, width, at.dim, scores + column, LD_SCORES, false,
-                    (const char*)block.value - (const char*)block.key);
         if constexpr (QUANTIZED<C>) {
             __builtin_memcpy(room.key_scale + column, block.key_scale + offset, width * sizeof(float));
             __builtin_memcpy(room.value_scale + column, block.value_scale + offset, width * sizeof(float));
         }
+        if (wide) return widen_keys(panel, at, width, column, room.wide_keys);
+#ifdef TRIMARAN_AMX
+        if constexpr (sizeof(A) == sizeof(bf16))
+            if (chunk.tiled) return score_by_tiles(query, rows, panel, at, width, scores + column);
+#endif
+        product(query, lda, rows, panel, at.size, width, at.dim, scores + column, LD_SCORES, false,
+                (const char*)block.value - (const char*)block.key);
     });
     if constexpr (sizeof(A) == sizeof(float))
         if (wide) {
@@ -273,7 +338,7 @@ INLINE void soften_row(const Layer& layer, const Room<A>& room, int64_t row, int
 template <class C, class A>
 static void soften(const Work<A>& work, const Chunk& chunk, const State& state) {
     const Layer& layer = work.layer;
-    const int64_t width = up(chunk.to - chunk.from, 16);
+    const int64_t width = up(chunk.to - chunk.from, 32);  // a step of tiles; weights of 0 at the end
     for (int64_t row = chunk.rows.begin; row < chunk.rows.end; row++) {
         const int64_t position = work.tile.position + row / layer.group;
         Range seen{0, chunk.to - chunk.from};
@@ -297,10 +362,14 @@ static void weigh(const Work<A>& work, const Chunk& chunk, State state) {
     constexpr int64_t P = PairsOf<C>::value;
     const Paging& at = work.layer.paging;
     const Room<A>& room = work.room;
-    const bool wide = widens<A, C>(chunk);
+    const bool wide = widens<A>(chunk);
     const int64_t rows = chunk.rows.end - chunk.rows.begin;
     const A* weights = room.weights + chunk.rows.begin * LD_SCORES;
     state.sum += chunk.rows.begin * at.dim;
+#ifdef TRIMARAN_AMX
+    if constexpr (sizeof(A) == sizeof(bf16))
+        if (chunk.tiled) return weigh_by_tiles(work, chunk, state.sum);
+#endif
     for_blocks<C>(work, chunk, [&](const Panels<C>& block, int64_t offset, int64_t count, int64_t column) {
         const C* panel = block.value + offset * at.dim;
         if (wide) return widen_values(panel, at, count, column, room.wide_values);
@@ -351,7 +420,7 @@ static void attend(const Work<A>& work, const State& total, const State& part) {
         clear(*state);
         for (int64_t to; from < border; from = to) {
             to = min(border, (from / KEYS + 1) * KEYS);
-            const Chunk chunk = chunk_of(work.layer, tile, from, to);
+            const Chunk chunk = chunk_of<A>(work.layer, tile, from, to);
             if (chunk.rows.begin >= chunk.rows.end) continue;
             score<C>(work, chunk);
             soften<C>(work, chunk, *state);
@@ -365,6 +434,9 @@ template <class X, class C>
 static void run_tiles(const Call& call, const Team& team, const Layer& layer, const PlanHeader& plan) {
     using A = typename FactorOf<X, C>::type;
     const int64_t dim = layer.paging.dim, kv_heads = layer.paging.kv_heads;
+#ifdef TRIMARAN_AMX
+    tile_configure();
+#endif
     const Tile* tiles = (const Tile*)(&plan + 1);
     const Room<A> room = room_in<A>(team.scratch, dim);
     for (int64_t i; team.take_one(plan.num_tiles * kv_heads, i);) {
@@ -380,6 +452,9 @@ static void run_tiles(const Call& call, const Team& team, const Layer& layer, co
         if (!tile.partial)
             write_rows((X*)call.out[0], total, layer, tile.token, tile.queries, call.n[7], head);
     }
+#ifdef TRIMARAN_AMX
+    tile_release();
+#endif
 }
 
 template <class X>
