@@ -15,12 +15,12 @@ from .attention_torch import TorchPagedAttention
 from .cpu_attention import NativeAttention
 from .cpu_communicator import how_ranks_meet, open_cpu_communicator
 from .cpu_device import CpuDevice
-from .cpu_linear import linear_road
+from .cpu_ipex import about as about_ipex
 from .cpu_ops import cpu_ops
 from .cpu_roofline import measured_roofline
 from .cpu_step import compile_step
 from .cpu_threads import Binding, available_threads, binding, default_threads
-from .cpu_weights import linear, packers
+from .cpu_weights import linears, packers, road
 from .interface import (
     ApiRange,
     AttentionImpl,
@@ -85,7 +85,7 @@ class CpuPlatform(Platform):
         return CpuDevice()
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return {**cpu_ops(), "linear": [linear()]}
+        return {**cpu_ops(), "linear": linears()}
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
         return (NativeAttention(), TorchPagedAttention(), ReferenceAttention())
@@ -127,10 +127,11 @@ class CpuPlatform(Platform):
             "processor": host.cpu_name(),
             "isa": host.isa(flags),
             "kernels": about(),
+            "ipex": about_ipex(),
             "cores": str(host.physical_cores()),
             "threads": self._about_threads(),
             "bfloat16": "native" if flags & _BF16_FLAGS else "emulated",
-            "linear": f"bfloat16 by {linear_road(torch.bfloat16)}",
+            "linear": f"bfloat16 by {road(torch.bfloat16)}",
             "ranks meet through": how_ranks_meet(),
         }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels_cpu.library import SCRATCH_BYTES, Call
+from .cpu_ipex import IpexRmsNorm, IpexRope
 from .cpu_linear import Linear
 from .cpu_native import NativeOp, Operand
 from .interface import OpImpl, OpSignature, Output, Support
@@ -210,7 +211,7 @@ class Rope(TorchOp):
 
 
 def cpu_ops() -> dict[str, list[OpImpl]]:
-    """The best first; the torch ones serve where the native library cannot."""
+    """The best first; IPEX's and torch's serve where the native library cannot."""
     native: list[OpImpl] = [
         NativeEmbed(),
         NativeRmsNorm(),
@@ -225,6 +226,6 @@ def cpu_ops() -> dict[str, list[OpImpl]]:
         NativeDraw(),
     ]
     by_op: dict[str, list[OpImpl]] = {}
-    for impl in (*native, Linear(), Rope(), *common_ops("cpu")):
+    for impl in (*native, IpexRmsNorm(), IpexRope(), Linear(), Rope(), *common_ops("cpu")):
         by_op.setdefault(impl.op, []).append(impl)
     return by_op

@@ -1,13 +1,16 @@
 """Which linear layers and weight layouts the cpu platform has: the native ones wherever they can be
-used, torch's roads otherwise. All of its linears read what its packers make."""
+used, IPEX's and torch's roads otherwise. Weights are packed for one of the three, and only that one
+says that it supports them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from ..kernels_cpu.library import unavailable
 from .cpu_dense import NATIVE, DenseLinear, LinearKernel, NativeDensePacker, NativeLinear
-from .cpu_linear import CpuDensePacker, Linear
+from .cpu_ipex import IpexDensePacker, IpexLinear, LinearBesideIpex
 from .cpu_quantized import (
     NATIVE_INT4,
     NATIVE_INT8,
@@ -16,7 +19,7 @@ from .cpu_quantized import (
     Int4Linear,
     Int8Linear,
 )
-from .interface import OpImpl, WeightPacker
+from .interface import OpImpl, OpSignature, WeightPacker
 
 KERNELS: Mapping[str, LinearKernel] = {
     NATIVE: DenseLinear(),
@@ -28,9 +31,22 @@ KERNELS: Mapping[str, LinearKernel] = {
 
 def packers() -> Sequence[WeightPacker]:
     if unavailable():
-        return (CpuDensePacker(),)
+        return (IpexDensePacker(),)
     return NativeDensePacker(), CpuInt8Packer(), CpuInt4Packer()
 
 
 def linear() -> OpImpl:
-    return Linear() if unavailable() else NativeLinear(KERNELS, [p.format for p in packers()])
+    """One that reads whatever the packers make."""
+    return linears()[0]
+
+
+def linears() -> Sequence[OpImpl]:
+    if unavailable():
+        return IpexLinear(), LinearBesideIpex()
+    return NativeLinear(KERNELS, [packer.format for packer in packers()]), IpexLinear()
+
+
+def road(dtype: torch.dtype) -> str:
+    """How weights of `dtype` are multiplied on this machine, for people."""
+    use = OpSignature("linear", dtype)
+    return next(answer.reason for one in linears() if (answer := one.supports(use)))
