@@ -50,7 +50,8 @@ struct Gelu {
 struct GeluTanh {
     INLINE vf of(vf x) {
         const vf inner = 0.797884561f * fma(x * x * x, splat(0.044715f), x);  // sqrt(2 / pi)
-        return x * 0.5f * (1.0f + vtanh(inner));
+        const vf tanh = 2.0f / (1.0f + vexp(-2.0f * inner)) - 1.0f;  // good to an ulp of 1
+        return x * 0.5f * (1.0f + tanh);
     }
 };
 

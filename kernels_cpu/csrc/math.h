@@ -91,9 +91,7 @@ INLINE vf apart(vf x) {
 
 // x as an element of a type would keep it.
 INLINE vf rounded_to(const float*, vf x) { return apart(x); }
-INLINE vf rounded_to(const bf16*, vf x) {
-    return (vf)(__builtin_convertvector(to_bf16(x), vu) << 16);
-}
+INLINE vf rounded_to(const bf16*, vf x) { return (vf)(round_to_bf16(x) & 0xffff0000u); }
 INLINE vf rounded_to(const f16*, vf x) {
     f16 kept[W];
     store(kept, x);

@@ -25,11 +25,9 @@ constexpr int W = 8;
 typedef float vf __attribute__((vector_size(W * 4)));
 typedef int32_t vi __attribute__((vector_size(W * 4)));
 typedef uint32_t vu __attribute__((vector_size(W * 4)));
-typedef uint16_t vh __attribute__((vector_size(W * 2)));
 typedef int8_t vb __attribute__((vector_size(W)));
 typedef float vf_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(W * 4), aligned(1), may_alias));
-typedef uint16_t vh_any __attribute__((vector_size(W * 2), aligned(1), may_alias));
 typedef int8_t vb_any __attribute__((vector_size(W), aligned(1), may_alias));
 typedef int32_t vi_any __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
@@ -90,8 +88,15 @@ INLINE float largest(vf x) {
 // ---------------------------------------------------------------------------------------------
 
 INLINE vf load(const float* p) { return *(const vf_any*)p; }
+// Widening and narrowing go by name: gcc's own conversions of such short vectors are element by
+// element with AVX2.
 INLINE vf load(const bf16* p) {
-    return (vf)(__builtin_convertvector(*(const vh_any*)p, vu) << 16);
+    vu x;
+    for (int i = 0; i < W / 8; i++) {
+        const __m256i part = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p + 8 * i)));
+        __builtin_memcpy((uint32_t*)&x + 8 * i, &part, sizeof part);
+    }
+    return (vf)(x << 16);
 }
 INLINE vf load(const f16* p) {
     vf x;
@@ -111,13 +116,20 @@ INLINE vf load(const int8_t* p) {
 }
 
 INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
-INLINE vh to_bf16(vf x) {
-    const vu bits = (vu)x;
-    const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const vu nan = (bits >> 16) | 0x40;
-    return __builtin_convertvector((vu)select(x == x, (vf)rounded, (vf)nan), vh);
+// The nearest bfloat16 in the upper halves; what stands in the lower ones is to be dropped.
+INLINE vu round_to_bf16(vf x) {
+    const vu bits = (vu)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    return (vu)select(x == x, (vf)rounded, (vf)(bits | 0x400000));
 }
-INLINE void store(bf16* p, vf x) { *(vh_any*)p = to_bf16(x); }
+INLINE void store(bf16* p, vf x) {
+    const vu upper = round_to_bf16(x) >> 16;
+    for (int i = 0; i < W / 8; i++) {
+        __m256i part;
+        __builtin_memcpy(&part, (const uint32_t*)&upper + 8 * i, sizeof part);
+        part = _mm256_permute4x64_epi64(_mm256_packus_epi32(part, part), 0b1000);
+        _mm_storeu_si128((__m128i*)(p + 8 * i), _mm256_castsi256_si128(part));
+    }
+}
 INLINE void store(f16* p, vf x) {
     for (int i = 0; i < W / 8; i++) {
         __m256 part;
@@ -177,8 +189,6 @@ typedef int16_t vs16 __attribute__((vector_size(W * 4)));
 typedef uint16_t vu16 __attribute__((vector_size(W * 4)));
 typedef int64_t vs64 __attribute__((vector_size(W * 4)));
 typedef uint8_t vu8_any __attribute__((vector_size(W * 4), aligned(1), may_alias));
-typedef uint8_t quarter_u8 __attribute__((vector_size(W), aligned(1), may_alias));
-typedef int16_t half_s16 __attribute__((vector_size(W * 2), aligned(1), may_alias));
 
 INLINE vu8 load_bytes(const void* p) { return *(const vu8_any*)p; }
 INLINE vs16 load_words(const int8_t* p) {  // gcc's own conversion goes by four instructions
@@ -191,7 +201,33 @@ INLINE vs16 load_words(const int8_t* p) {  // gcc's own conversion goes by four 
 }
 
 INLINE vi load_integers(const uint8_t* p) {
-    return __builtin_convertvector(*(const quarter_u8*)p, vi);
+    vi integers;
+    for (int i = 0; i < W / 8; i++) {
+        const __m256i part = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * i)));
+        __builtin_memcpy((int32_t*)&integers + 8 * i, &part, sizeof part);
+    }
+    return integers;
+}
+
+// W integers that fit fewer bits. gcc's own conversion goes element by element.
+INLINE void store_narrow(void* p, vi x, int16_t) {
+    for (int i = 0; i < W / 8; i++) {
+        __m128i part[2];
+        __builtin_memcpy(part, (const int32_t*)&x + 8 * i, sizeof part);
+        _mm_storeu_si128((__m128i*)p + i, _mm_packs_epi32(part[0], part[1]));
+    }
+}
+INLINE void store_narrow(void* p, vi x, int8_t) {
+    __m128i words[W / 8];
+    store_narrow(words, x, int16_t{});
+    for (int i = 0; i < W / 8; i++)
+        _mm_storel_epi64((__m128i*)((int64_t*)p + i), _mm_packs_epi16(words[i], words[i]));
+}
+INLINE void store_narrow(void* p, vi x, uint8_t) {
+    __m128i words[W / 8];
+    store_narrow(words, x, int16_t{});
+    for (int i = 0; i < W / 8; i++)
+        _mm_storel_epi64((__m128i*)((int64_t*)p + i), _mm_packus_epi16(words[i], words[i]));
 }
 
 // The 4 or 8 bytes at p, in all lanes.
@@ -204,6 +240,15 @@ INLINE vs64 splat8(const void* p) {
     int64_t bytes;
     __builtin_memcpy(&bytes, p, 8);
     return bytes - vs64{};
+}
+
+// Has x computed here and kept in a register: gcc would form many products before it adds the first,
+// and run out of registers.
+template <class V>
+INLINE void in_place([[maybe_unused]] V& x) {
+#ifndef TRIMARAN_EMULATED
+    __asm__("" : "+v"(x));
+#endif
 }
 
 // To the nearest integer, ties to even; |x| < 2^22.
