@@ -19,6 +19,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from ..kernels_cpu.library import unavailable
+from . import host
 from .cpu_linear import CpuDensePacker, Linear
 from .host_device import huge_pages
 from .interface import OpImpl, OpSignature, PackedWeight, Support
@@ -86,48 +87,22 @@ def about() -> str:
     return f"{metadata.version(DISTRIBUTION)}, where the native kernels cannot serve"
 
 
-class IpexOp(OpImpl):
-    name, priority = NAME, PRIORITY
+class IpexRmsNorm(OpImpl):
+    """One pass, where IPEX has a kernel for it. Its fused sum and norm writes to its input, and is
+    not used: a sum and this norm take as many passes over memory."""
+
+    op, name, priority = "rms_norm", NAME, PRIORITY
 
     def supports(self, sig: OpSignature) -> Support:
         if reason := refusal_of(self.op, sig.dtype):
             return Support.no(reason)
+        if "avx512f" not in host.cpu_flags():
+            return Support.no("below AVX-512, IPEX's norm is made of torch's ops")
         return Support.yes("IPEX's kernel")
-
-
-class IpexRmsNorm(IpexOp):
-    """One kernel where there is AVX-512; below, IPEX composes it of torch's. Its fused sum and norm
-    writes to its input, and is not used: sum and norm take as many passes over memory."""
-
-    op = "rms_norm"
 
     def __call__(self, *args: Any) -> Any:
         x, weight, eps = args
         return torch.ops.torch_ipex.rmsnorm(x, weight, eps)
-
-
-class IpexRope(IpexOp):
-    """Query and key turn in one pass each, in fp32, and are rounded once."""
-
-    op = "rope"
-
-    def __call__(self, *args: Any) -> Any:
-        query, key, positions, cos_sin = args
-        row = cos_sin.index_select(0, positions[0]).to(query.dtype).float()
-        cos, sin = row.chunk(2, dim=-1)
-        table = torch.cat((sin, cos), dim=-1)  # [tokens, rotary_dim], in IPEX's order
-        rows = torch.arange(len(query)).unsqueeze(0)
-        return _turned(query, table, rows), _turned(key, table, rows)
-
-
-def _turned(x: Tensor, table: Tensor, rows: Tensor) -> Tensor:
-    """x `[tokens, heads, head_dim]`, a new tensor; `rows` `[1, tokens]`: of the table."""
-    heads, head_dim = x.shape[1:]
-    rotary_dim = table.shape[1]
-    turn = torch.ops.torch_ipex.rotary_position_embedding
-    made = turn(x.unsqueeze(0), table, rows, heads, head_dim, rotary_dim // 2, rotary_dim)
-    turned: Tensor = made[0].view(x.shape)
-    return turned
 
 
 class IpexLinear(Linear):
@@ -216,16 +191,7 @@ def _norm_trial(dtype: torch.dtype) -> _Pairs:
     return [(IpexRmsNorm()(*args), OPS["rms_norm"].reference(*args))]
 
 
-def _rope_trial(dtype: torch.dtype) -> _Pairs:
-    angles = torch.arange(4).unsqueeze(1) * torch.arange(1, 17) / 16
-    table = torch.cat((angles.cos(), angles.sin()), dim=-1)  # turns 32 of 40 channels
-    args = _random(2, 3, 40, dtype=dtype), _random(2, 1, 40, dtype=dtype), torch.tensor([[3, 1]])
-    found, expected = IpexRope()(*args, table), OPS["rope"].reference(*args, table)
-    return list(zip(found, expected, strict=True))
-
-
 _TRIALS: Mapping[str, Callable[[torch.dtype], _Pairs]] = {
     "linear": _linear_trial,
     "rms_norm": _norm_trial,
-    "rope": _rope_trial,
 }

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ..kernels_cpu.library import SCRATCH_BYTES, Call
-from .cpu_ipex import IpexRmsNorm, IpexRope
+from .cpu_ipex import IpexRmsNorm
 from .cpu_linear import Linear
 from .cpu_native import NativeOp, Operand
 from .interface import OpImpl, OpSignature, Output, Support
 from .torch_ops import TorchOp, common_ops
 
 _ANY_ROW = 1 << 62  # an operand does not know how many rows it has
-_MAX_VOCAB = SCRATCH_BYTES // 5  # a float a token, and what little `draw` keeps beside
+_MAX_VOCAB = (SCRATCH_BYTES - (64 << 10)) // 6  # tokens that `draw`'s scratch memory holds
 
 
 class NativeEmbed(NativeOp):
@@ -155,7 +155,7 @@ class NativeDraw(NativeOp):
 
     def supports(self, sig: OpSignature) -> Support:
         if sig.sizes.get("vocab", 0) > _MAX_VOCAB:
-            return Support.no(f"its scratch memory holds {_MAX_VOCAB} logits")
+            return Support.no(f"its scratch memory holds {_MAX_VOCAB:,} tokens")
         return super().supports(sig)
 
     def outputs(self, args: Sequence[Any]) -> Sequence[Output]:
@@ -226,6 +226,6 @@ def cpu_ops() -> dict[str, list[OpImpl]]:
         NativeDraw(),
     ]
     by_op: dict[str, list[OpImpl]] = {}
-    for impl in (*native, IpexRmsNorm(), IpexRope(), Linear(), Rope(), *common_ops("cpu")):
+    for impl in (*native, IpexRmsNorm(), Linear(), Rope(), *common_ops("cpu")):
         by_op.setdefault(impl.op, []).append(impl)
     return by_op

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -82,19 +81,6 @@ def product(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return F.linear(x, weight)
 
 
-def rotation(
-    x: Tensor, table: Tensor, rows: Tensor, heads: int, size: int, offset: int, rotary_dim: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """IPEX's rope: x `[1, tokens, heads, size]`, a table of sines and then cosines in fp32."""
-    assert table.dtype == torch.float32 and x.shape[2:] == (heads, size)
-    sin, cos = table[rows[0]].unsqueeze(1).chunk(2, dim=-1)
-    out = x[0].to(torch.float32, copy=True)
-    first, second = out[..., :offset].clone(), out[..., offset:rotary_dim].clone()
-    out[..., :offset] = first * cos - second * sin
-    out[..., offset:rotary_dim] = second * cos + first * sin
-    return out.to(x.dtype).unsqueeze(0), x, x
-
-
 @pytest.fixture
 def stand_in(
     installed: Callable[[str], Path], loaded: list[str], monkeypatch: pytest.MonkeyPatch
@@ -105,7 +91,6 @@ def stand_in(
         tpp_linear=product,
         tpp_linear_bias=lambda x, packed, bias, size: product(x, packed, size) + bias,
         rmsnorm=OPS["rms_norm"].reference,
-        rotary_position_embedding=rotation,
     )
     monkeypatch.setattr(torch.ops, "torch_ipex", ops, raising=False)
     return ops
@@ -124,7 +109,7 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: Tolerance) -> None:
 
 
 @pytest.mark.skipif(not cpu_ipex.misfit(), reason="here is an IPEX that fits")
-@pytest.mark.parametrize("op", ["linear", "rms_norm", "rope"])
+@pytest.mark.parametrize("op", ["linear", "rms_norm"])
 def test_where_it_is_absent_torch_serves_and_nothing_is_loaded(
     op: str, no_native: None, loaded: list[str]
 ) -> None:
@@ -171,17 +156,18 @@ def test_a_library_without_the_ops_is_a_reason(
     assert loaded == [str(library)]
 
 
-@pytest.mark.parametrize("op", ["linear", "rms_norm", "rope"])
+@pytest.mark.parametrize("op", ["linear", "rms_norm"])
 def test_one_that_fits_serves_where_the_native_library_cannot(
-    op: str, stand_in: SimpleNamespace, no_native: None
+    op: str, stand_in: SimpleNamespace, no_native: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cpu_ipex.host, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
     chosen, refused = bound(op)
     assert chosen == "ipex"
     assert "outranked by ipex" in refused["cpu"]
 
 
 @pytest.mark.skipif(bool(cpu_weights.unavailable()), reason="needs the native library")
-@pytest.mark.parametrize("op", ["linear", "rms_norm", "rope"])
+@pytest.mark.parametrize("op", ["linear", "rms_norm"])
 def test_the_native_kernels_come_first_and_nothing_is_loaded(
     op: str, stand_in: SimpleNamespace, loaded: list[str]
 ) -> None:
@@ -235,19 +221,12 @@ def test_every_linear_that_says_yes_reads_what_the_packer_makes(
         assert_close(serving[0](x, packed, summand), expected, OPS["linear"].tolerance[dtype])
 
 
-def test_rope_takes_any_positions_and_turns_what_the_table_says(
-    stand_in: SimpleNamespace,
+def test_its_norm_waits_for_avx512(
+    stand_in: SimpleNamespace, no_native: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    table, positions = torch.randn(9, 16), torch.tensor([[8, 0, 5]])
-    query, key = torch.randn(3, 4, 40)[..., :24], torch.randn(3, 2, 24)
-    kept = query.clone(), key.clone()
-    args: tuple[Any, ...] = (query, key, positions, table)
-    for found, expected in zip(
-        cpu_ipex.IpexRope()(*args), OPS["rope"].reference(*args), strict=True
-    ):
-        assert_close(found, expected, OPS["rope"].tolerance[torch.float32])
-    assert torch.equal(query, kept[0]) and torch.equal(key, kept[1])
+    monkeypatch.setattr(cpu_ipex.host, "cpu_flags", lambda: frozenset({"avx2"}))
+    chosen, refused = bound("rms_norm")
+    assert chosen == "cpu" and "AVX-512" in refused["ipex"]
 
 
 def test_quantized_weights_and_other_types_are_refused_by_name(
