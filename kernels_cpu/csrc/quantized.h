@@ -88,23 +88,23 @@ struct Tokens {
     const int32_t* sums;
 };
 
-INLINE void store_codes(int8_t* p, vi codes) { *(vb_any*)p = __builtin_convertvector(codes, vb); }
-INLINE void store_codes(uint8_t* p, vi codes) { store_codes((int8_t*)p, codes); }
-INLINE void store_codes(int16_t* p, vi codes) { *(half_s16*)p = __builtin_convertvector(codes, half_s16); }
-
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // max|x| / 127, or NaN where not all of x are finite.
 template <class X>
 INLINE float scale_of(const X* x, int64_t size) {
-    vf most = zero(), wrong = zero();
-    const auto see = [&](vf value) __attribute__((always_inline)) {
-        most = max(magnitude(value), most);
-        wrong = fma(value, zero(), wrong);  // 0, or NaN
-    };
+    vf most = zero(), wrong = zero();  // `wrong`: a sum of zeros, or NaN
     int64_t k = 0;
-    for (; k + W <= size; k += W) see(load(x + k));
-    if (k < size) see(load_part(x + k, size - k));
+    for (; k + W <= size; k += W) {
+        const vf value = load(x + k);
+        most = max(magnitude(value), most);
+        wrong = fma(value, zero(), wrong);
+    }
+    if (k < size) {
+        const vf value = load_part(x + k, size - k);
+        most = max(magnitude(value), most);
+        wrong = fma(value, zero(), wrong);
+    }
     return largest(most) / 127.0f + sum(wrong);
 }
 
@@ -117,13 +117,14 @@ static float quantize(const X* x, int64_t size, int64_t padded, int offset, Code
     const vi none = offset - vi{};
     int64_t k = 0;
     if (scale > 0) {
-        const auto codes_of = [&](vf value) __attribute__((always_inline)) {
-            return nearest(max(min(value / divisor, most), -most)) + offset;
+        const auto codes_of = [=](vf value) __attribute__((always_inline)) {
+            return nearest(max(min(value / divisor, most), -most)) + none;
         };
-        for (; k + W <= size; k += W) store_codes(codes + k, codes_of(load(x + k)));
-        if (k < size) store_codes(codes + k, codes_of(load_part(x + k, size - k))), k += W;
+        for (; k + W <= size; k += W) store_narrow(codes + k, codes_of(load(x + k)), Code{});
+        if (k < size)
+            store_narrow(codes + k, codes_of(load_part(x + k, size - k)), Code{}), k += W;
     }
-    for (; k < padded; k += W) store_codes(codes + k, none);
+    for (; k < padded; k += W) store_narrow(codes + k, none, Code{});
     return scale;
 }
 
@@ -253,11 +254,13 @@ struct Int4Weight {
         const auto add_quad = [&](const Code* x, vu8 (&halves)[NV]) __attribute__((always_inline)) {
             UNROLL for (int m = 0; m < MR; m++) {
                 const vs8 factor = (vs8)splat4(x + m * QUAD);
-                UNROLL for (int v = 0; v < NV; v++)
+                UNROLL for (int v = 0; v < NV; v++) {
                     sums[m][v] = Int4::add(sums[m][v], halves[v], factor);
+                    in_place(sums[m][v]);
+                }
             }
         };
-        for (int64_t k = 0; k < Int4::RUN; k += 2 * QUAD, column += PANEL * QUAD) {
+        UNROLL for (int64_t k = 0; k < Int4::RUN; k += 2 * QUAD, column += PANEL * QUAD) {
             fetch_ahead<NV>(column);
             vu8 half[NV];
             UNROLL for (int v = 0; v < NV; v++) half[v] = low_halves(load_bytes(column + v * W * QUAD));
