@@ -86,6 +86,8 @@ def test_what_a_container_may_use_is_counted(machine: Machine) -> None:
     assert host.physical_cores() == 4
     machine(2, 4, 2, quota="350000 100000")  # of a group further up
     assert host.quota() == 3 and host.physical_cores() == 3
+    (host.ROOT / "sys/fs/cgroup/kube/pod/cpu.max").write_text("500000 100000\n")
+    assert host.quota() == 3
 
 
 def test_quotas_of_the_first_version_of_control_groups(machine: Machine, tmp_path: Path) -> None:
@@ -271,8 +273,8 @@ def elsewhere():
     platform.communicator(GroupSpec(), second)
     second.launch(lambda: None).wait()
     launched("elsewhere")
-    device.close()
     second.close()
+    device.close()
     launched("closed there")
 
 thread = threading.Thread(target=elsewhere)
