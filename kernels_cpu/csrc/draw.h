@@ -5,6 +5,7 @@
 // hold what is looked for, and are not read again.
 #pragma once
 #include "philox.h"
+#include "sample.h"
 
 namespace trimaran::ISA {
 
@@ -25,6 +26,8 @@ struct Row {
     double* sums;  // 2^DIGIT
 };
 
+INLINE int64_t spans_of(const Call& call) { return (call.n[0] + SPAN - 1) / SPAN; }
+
 INLINE float scaled(const Row& row, float x) { return (x - row.most) / row.temperature; }
 INLINE vf scaled(const Row& row, vf x) { return (x - row.most) / row.temperature; }
 
@@ -36,11 +39,11 @@ INLINE vf logits_at(const Row& row, int64_t at) {
     return load(part);
 }
 
-// Finds the largest of each span and of the row; false if that is no number, or none is allowed.
-static bool find_largest(Row& row) {
+// Finds the largest of each of some spans, and of all of them; NaN if any is NaN.
+static float find_largest(const Row& row, Range spans) {
     vf most = splat(BANNED);
     vi odd = {};
-    for (int64_t span = 0; span < row.spans; span++) {
+    for (int64_t span = spans.begin; span < spans.end; span++) {
         vf here = splat(BANNED);
         UNROLL for (int64_t i = 0; i < SPAN; i += W) {
             const vf x = logits_at(row, span * SPAN + i);
@@ -50,8 +53,7 @@ static bool find_largest(Row& row) {
         row.largest[span] = largest(here);
         most = max(here, most);
     }
-    row.most = largest(most);
-    return !any(odd) && row.most - row.most == 0;
+    return any(odd) ? __builtin_nanf("") : largest(most);
 }
 
 // Calls body(values, first token) for every vector of scaled logits in spans that reach `least`.
@@ -170,69 +172,154 @@ struct Choice {
     float score;
     int64_t token;
 };
+INLINE void better(Choice& best, Choice other) {
+    const bool first = other.score == best.score && other.token < best.token;
+    if (other.score > best.score || first) best = other;
+}
 
 // Compares a span's tokens with the best so far. Only noise from uniform numbers below e^(span's
-// largest - best) is large enough: 1 - e^-E < E for the others.
+// largest - best) is large enough, because u < E for all of them; and those are known by their bits.
 static void choose(const Row& row, float floor, int64_t span, Choice& best) {
     const float most = scaled(row, row.largest[span]);
     if (most < floor || most == BANNED || most + MAX_GUMBEL < best.score) return;
-    const vf enough = vexp(splat(most - best.score)) * 1.0001f;
+    const float enough = vexp(most - best.score) * 1.0001f;
+    const uint32_t bits = enough < 0.999f ? (uint32_t)(enough * 0x1p32f) + 1 : 0xffffffffu;
+    const vi limit = (int32_t)(bits ^ 0x80000000u) - vi{};
     const int64_t end = min((span + 1) * SPAN, row.size);
     for (int64_t first = span * SPAN; first < end; first += LANES * W) {
         const Words words = philox((uint32_t)(first / LANES), row.key);
+        vi masks[LANES], together = {};
+        UNROLL for (int lane = 0; lane < LANES; lane++)
+            together |= masks[lane] = (vi)(words.lane[lane] ^ 0x80000000u) <= limit;
+        if (!any(together)) continue;
         for (int lane = 0; lane < LANES; lane++) {
-            const vf u = uniform(words.lane[lane]);
-            const vi mask = u < enough;
-            if (!any(mask)) continue;
-            const vf noise = gumbel(u);
+            if (!any(masks[lane])) continue;
+            const vf noise = gumbel(uniform(words.lane[lane]));
             for (int i = 0; i < W; i++) {
                 const int64_t token = first + LANES * i + lane;
-                if (!mask[i] || token >= end) continue;
-                const float x = scaled(row, row.logits[token]), score = x + noise[i];
-                if (x < floor || score < best.score) continue;
-                if (score > best.score || token < best.token) best = {score, token};
+                if (!masks[lane][i] || token >= end) continue;
+                const float x = scaled(row, row.logits[token]);
+                if (x >= floor) better(best, {x + noise[i], token});
             }
         }
     }
 }
 
-static int64_t draw_one(const Row& row, float floor) {
-    int64_t top = 0;  // its span sets a bar that most others do not reach
-    while (row.largest[top] != row.most) top++;
-    Choice best = {BANNED, row.size};
-    choose(row, floor, top, best);
-    for (int64_t span = 0; span < row.spans; span++)
-        if (span != top) choose(row, floor, span, best);
-    return min(best.token, row.size - 1);
+// The score of the row's largest logit: a bar that most spans do not reach.
+static Choice bar_of(const Row& row, float floor) {
+    int64_t span = 0;
+    while (row.largest[span] != row.most) span++;
+    Choice best = {BANNED, row.size - 1};
+    choose(row, floor, span, best);
+    return best;
 }
+
+// Row `i` of a call. Its spans' largest are kept at `largest`; the rest of the scratch memory is for
+// one row at a time.
+static Row row_of(const Call& call, int64_t i, float* largest, uint8_t* scratch) {
+    const int64_t* n = call.n;
+    const auto asked = [&](int64_t which) {
+        return ((const float*)call.in[1])[which * n[2] + i * n[3]];
+    };
+    const auto word = [&](int64_t which) {
+        return ((const int64_t*)call.in[2])[which * n[4] + i * n[5]];
+    };
+    Row row;
+    row.logits = (const float*)call.in[0] + i * n[1];
+    row.size = n[0];
+    row.spans = spans_of(call);
+    row.temperature = asked(0);
+    row.top_p = asked(1);
+    row.min_p = asked(2);
+    row.top_k = word(0);
+    row.key = {(uint32_t)word(1), (uint32_t)word(2), (uint32_t)word(3), (uint32_t)word(4)};
+    row.largest = largest;
+    row.sums = (double*)scratch;
+    row.list = (float*)(row.sums + (1 << DIGIT));
+    return row;
+}
+
+// Many rows: each is one thread's.
+static void draw_rows(const Call& call, const Team& team) {
+    float* largest = (float*)team.scratch;
+    uint8_t* rest = team.scratch + up(spans_of(call) * sizeof(float), 64);
+    for (int64_t i; team.take_one(rows_of(call, team), i);) {
+        Row row = row_of(call, i, largest, rest);
+        row.most = find_largest(row, {0, row.spans});
+        Choice best = {0, 0};
+        float floor = BANNED;
+        if (row.most - row.most == 0) {
+            floor = floor_of(row);
+            best = bar_of(row, floor);
+            for (int64_t span = 0; span < row.spans; span++) choose(row, floor, span, best);
+        }
+        ((float*)call.out[1])[i] = floor;
+        ((int64_t*)call.out[0])[i] = best.token;
+    }
+}
+
+// What the threads know of a row that they share; its spans' largest follow.
+struct Together {
+    float most[SECTIONS];
+    Choice best[SECTIONS];
+    float largest, floor;
+    Choice bar;
+};
+
+// A few rows: threads share each of them, except for its floor.
+static void draw_together(const Call& call, const Team& team) {
+    const int64_t rows = rows_of(call, team), spans = spans_of(call);
+    const int64_t bytes = up(sizeof(Together) + spans * sizeof(float), 64);
+    uint8_t* rest = team.scratch + (team.thread ? 0 : rows * bytes);
+    const auto together = [&](int64_t i) { return (Together*)(team.run->scratch + i * bytes); };
+    const auto row_at = [&](int64_t i) { return row_of(call, i, (float*)(together(i) + 1), rest); };
+    for (int64_t unit; team.take_one(rows * SECTIONS, unit);) {
+        const int64_t i = unit / SECTIONS, section = unit % SECTIONS;
+        together(i)->most[section] = find_largest(row_at(i), part_of(spans, section, SECTIONS));
+    }
+    team.barrier();
+    for (int64_t i; team.take_one(rows, i);) {
+        Together& known = *together(i);
+        Row row = row_at(i);
+        row.most = known.most[0];
+        for (int64_t section = 1; section < SECTIONS; section++)
+            if (above(known.most[section], row.most)) row.most = known.most[section];
+        known.largest = row.most;
+        const bool finite = row.most - row.most == 0;
+        known.floor = finite ? floor_of(row) : BANNED;
+        known.bar = finite ? bar_of(row, known.floor) : Choice{0, 0};
+        ((float*)call.out[1])[i] = known.floor;
+    }
+    team.barrier();
+    for (int64_t unit; team.take_one(rows * SECTIONS, unit);) {
+        const int64_t i = unit / SECTIONS;
+        Together& known = *together(i);
+        Row row = row_at(i);
+        row.most = known.largest;
+        Choice best = known.bar;
+        const Range part = part_of(spans, unit % SECTIONS, SECTIONS);
+        if (row.most - row.most == 0)
+            for (int64_t span = part.begin; span < part.end; span++)
+                choose(row, known.floor, span, best);
+        known.best[unit % SECTIONS] = best;
+    }
+    team.barrier();
+    for (int64_t i; team.take_one(rows, i);) {
+        Choice best = together(i)->bar;
+        for (const Choice& other : together(i)->best) better(best, other);
+        ((int64_t*)call.out[0])[i] = best.token;
+    }
+}
+
+constexpr int64_t FEW_ROWS = 16;
 
 // in: logits f32 [rows, size], floats f32 [3, rows] (temperature, top_p, min_p), ints int64
 // [5, rows] (top_k, halves of the seed, child index, position). out: tokens int64 [rows], floors
-// f32 [rows]. n: size, row stride of logits, both strides of floats and of ints.
+// f32 [rows]. n: size, row stride of logits, both strides of floats and of ints. Scratch memory: 5
+// bytes a token and 32 KiB.
 static void draw(const Call& call, const Team& team) {
-    const int64_t* n = call.n;
-    const float* floats = (const float*)call.in[1];
-    const int64_t* ints = (const int64_t*)call.in[2];
-    Row row;
-    row.size = n[0];
-    row.spans = (row.size + SPAN - 1) / SPAN;
-    row.sums = (double*)team.scratch;
-    row.largest = (float*)(row.sums + (1 << DIGIT));
-    row.list = row.largest + row.spans;
-    for (int64_t i; team.take_one(rows_of(call, team), i);) {
-        row.logits = (const float*)call.in[0] + i * n[1];
-        const auto asked = [&](int which) { return floats[which * n[2] + i * n[3]]; };
-        const auto word = [&](int which) { return ints[which * n[4] + i * n[5]]; };
-        row.temperature = asked(0);
-        row.top_p = asked(1);
-        row.min_p = asked(2);
-        row.top_k = word(0);
-        row.key = {(uint32_t)word(1), (uint32_t)word(2), (uint32_t)word(3), (uint32_t)word(4)};
-        const bool drawn = find_largest(row);
-        const float floor = drawn ? floor_of(row) : BANNED;
-        ((float*)call.out[1])[i] = floor;
-        ((int64_t*)call.out[0])[i] = drawn ? draw_one(row, floor) : 0;
-    }
+    if (rows_of(call, team) > FEW_ROWS || team.num_threads == 1) return draw_rows(call, team);
+    draw_together(call, team);
 }
 
 }  // namespace trimaran::ISA

@@ -17,26 +17,30 @@ struct Words {
 // The words of W blocks from `first` on; word `lane` of block b is that of token 4 b + lane.
 INLINE Words philox(uint32_t first, const NoiseKey& key) {
     constexpr uint32_t M0 = 0xD2511F53, M1 = 0xCD9E8D57, WEYL0 = 0x9E3779B9, WEYL1 = 0xBB67AE85;
-    Words words = {};
-    // Words are the low halves of 64-bit elements: even blocks first, then the odd ones. Products
-    // leave something in the high halves, which the next product does not read.
-    for (int odd = 0; odd < 2; odd++) {
-        vu64 c0, c1 = key.position - vu64{}, c2 = key.child - vu64{}, c3 = {};
-        for (int i = 0; i < W / 2; i++) c0[i] = (uint64_t)first + odd + 2 * i;
-        uint32_t k0 = key.seed_low, k1 = key.seed_high;
-        UNROLL for (int round = 0; round < 10; round++) {
-            const vu64 p0 = wide_product(c0, M0 - vu64{}), p1 = wide_product(c2, M1 - vu64{});
-            c0 = p1 >> 32 ^ c1 ^ (uint64_t)k0;
-            c2 = p0 >> 32 ^ c3 ^ (uint64_t)k1;
-            c1 = p1;
-            c3 = p0;
-            k0 += WEYL0;
-            k1 += WEYL1;
-        }
-        const vu64 made[LANES] = {c0, c1, c2, c3};
-        UNROLL for (int lane = 0; lane < LANES; lane++)
-            words.lane[lane] |= odd ? (vu)(made[lane] << 32) : (vu)(made[lane] & 0xffffffffu);
+    // Words are the low halves of 64-bit elements, even blocks in the first vector, odd ones in the
+    // second. Products leave something in the high halves, which the next product does not read.
+    vu64 c[LANES][2];
+    UNROLL for (int odd = 0; odd < 2; odd++) {
+        for (int i = 0; i < W / 2; i++) c[0][odd][i] = 2 * i;
+        c[0][odd] += (uint64_t)first + odd;
+        c[1][odd] = key.position - vu64{};
+        c[2][odd] = key.child - vu64{};
+        c[3][odd] = vu64{};
     }
+    uint32_t k0 = key.seed_low, k1 = key.seed_high;
+    UNROLL for (int round = 0; round < 10; round++, k0 += WEYL0, k1 += WEYL1) {
+        UNROLL for (int odd = 0; odd < 2; odd++) {
+            const vu64 p0 = wide_product(c[0][odd], M0 - vu64{});
+            const vu64 p1 = wide_product(c[2][odd], M1 - vu64{});
+            c[0][odd] = (p1 >> 32) ^ (c[1][odd] ^ (uint64_t)k0);
+            c[2][odd] = (p0 >> 32) ^ (c[3][odd] ^ (uint64_t)k1);
+            c[1][odd] = p1;
+            c[3][odd] = p0;
+        }
+    }
+    Words words;
+    UNROLL for (int lane = 0; lane < LANES; lane++)
+        words.lane[lane] = (vu)(c[lane][0] & 0xffffffffu) | (vu)(c[lane][1] << 32);
     return words;
 }
 

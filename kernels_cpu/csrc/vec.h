@@ -312,7 +312,7 @@ INLINE vi dot_bytes(vi c, vu8 a, vs8 b) {
 typedef uint64_t vu64 __attribute__((vector_size(W * 4)));
 INLINE vu64 wide_product(vu64 a, vu64 b) {
 #if defined(TRIMARAN_WIDE) && !defined(TRIMARAN_EMULATED)
-    return (vu64)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+    return (vu64)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // masked: gcc 12 warns
 #else
     __m256i x[W / 8], y[W / 8];
     __builtin_memcpy(x, &a, sizeof a);

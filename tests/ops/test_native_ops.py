@@ -208,13 +208,17 @@ def spread(kind: str, rows: int, vocab: int) -> Tensor:
     ],
     ids=str,
 )
-def test_draw_draws_what_the_reference_draws(filters: dict[str, Any], kind: str) -> None:
-    """The same tokens and floors, in vocabularies around a span and far beyond."""
+def test_draw_draws_what_the_reference_draws(
+    filters: dict[str, Any], kind: str, threads: Callable[[int], None]
+) -> None:
+    """The same tokens and floors, in vocabularies around a span and far beyond, by one thread a
+    row and by three together."""
     for vocab in (1, 63, 64, 65, 500, 9_001):
         args = drawing(spread(kind, 5, vocab), **filters)
-        found, expected = native("draw")(*args), OPS["draw"].reference(*args)
-        assert torch.equal(found[0], expected[0]), vocab
-        assert torch.equal(found[1], expected[1]), vocab
+        expected = OPS["draw"].reference(*args)
+        for count in (1, 3):
+            threads(count)
+            assert all(map(torch.equal, native("draw")(*args), expected)), (vocab, count)
 
 
 def test_draw_is_a_fair_lottery() -> None:
@@ -227,14 +231,20 @@ def test_draw_is_a_fair_lottery() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_row_that_cannot_be_drawn_from_yields_token_0(value: float) -> None:
-    logits = torch.randn(3, 200)
-    logits[1, 77 if value > 0 or math.isnan(value) else slice(None)] = value
-    for filters in ({}, {"top_k": 3}, {"top_p": 0.5}):
-        tokens, floors = native("draw")(*drawing(logits, **filters))
-        assert tokens[1] == 0 and floors[1] == -math.inf
-        rest = native("draw")(*drawing(torch.randn(3, 200).copy_(logits), **filters))[0]
-        assert torch.equal(tokens[[0, 2]], rest[[0, 2]])
+def test_a_row_that_cannot_be_drawn_from_yields_token_0(
+    value: float, threads: Callable[[int], None]
+) -> None:
+    good = torch.randn(3, 200)
+    bad = good.clone()
+    bad[1, slice(None) if value == -math.inf else 177] = value
+    options: list[dict[str, Any]] = [{}, {"top_k": 3}, {"top_p": 0.5}]
+    for count in (1, 2):
+        threads(count)
+        for filters in options:
+            tokens, floors = native("draw")(*drawing(bad, **filters))
+            assert tokens[1] == 0 and floors[1] == -math.inf
+            expected = native("draw")(*drawing(good, **filters))[0]
+            assert torch.equal(tokens[[0, 2]], expected[[0, 2]])
 
 
 # ---------------------------------------------------------------------------------------------
