@@ -26,6 +26,7 @@ TYPICAL: Mapping[str, Mapping[str, int]] = {
     "add": {"size": 4096},
     "gather_rows": {"size": 4096},
     "sample": {"vocab": 32_000},
+    "draw": {"vocab": 32_000},
 }
 """Sizes of a layer of a common model, by which the bindings of a report are chosen."""
 

@@ -72,6 +72,12 @@ def _typical(op: str, dtype: torch.dtype, hidden: int) -> Arguments:
         "gather_rows": lambda: (wide, torch.arange(0, TOKENS, 2)),
         "copy": lambda: (wide, wide),
         "sample": lambda: (torch.ones(TOKENS, 32_000),),
+        "draw": lambda: (
+            torch.ones(TOKENS, 32_000),
+            torch.tensor([[0.8], [1.0], [0.0]]).repeat(1, TOKENS),
+            torch.zeros(5, TOKENS, dtype=torch.int64),
+            256,
+        ),
     }
     if op in table:
         return table[op]()
