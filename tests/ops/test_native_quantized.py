@@ -156,6 +156,18 @@ def test_extreme_tokens(
     assert equal(y, expected(x, weight)) and not y.isnan().any()
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(
+    "scheme", [WeightScheme("int8"), WeightScheme("int4", MOST_INPUTS)], ids=str
+)
+def test_the_largest_sums_fit(scheme: WeightScheme, sign: int) -> None:
+    weight = random_weight(scheme, (3, MOST_INPUTS))
+    weight["codes"].fill_(127 * sign if scheme.format == "int8" else 15)
+    weight.get("zeros", torch.empty(0)).fill_(0)
+    x = torch.full((13, MOST_INPUTS), 2.0 * sign)
+    assert torch.equal(linear(x, packed(scheme, weight)), expected(x, weight))
+
+
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("position", [0, 63, 127])
 @pytest.mark.parametrize(("scheme", "shape"), BOTH)
