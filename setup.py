@@ -58,10 +58,9 @@ class BuildNative(build_ext):
             print(f"The native x86 kernels are left out: {error}", file=sys.stderr)
 
     def copy_extensions_to_source(self):
-        built = Path(self.get_ext_fullpath(self.extensions[0].name))
-        if not self.inplace and not built.exists():
-            return  # an editable installation without a compiler
-        super().copy_extensions_to_source()
+        (native,) = self.extensions
+        if Path(self.build_lib, self.get_ext_filename(native.name)).exists():
+            super().copy_extensions_to_source()
 
 
 class AnyPython(bdist_wheel):
