@@ -194,7 +194,7 @@ def _read(file: int, entries: Collection[_Entry], device: Device) -> Tensor:
     """All tensors in one allocation, bytes; read by several threads at once."""
     last = max(entries, key=lambda entry: entry.place)
     memory = device.alloc((last.place + last.end - last.begin,), torch.uint8, tag="weights")
-    target = memoryview(memory.numpy())
+    target = memory.numpy().data
 
     def fill(part: tuple[int, int, int]) -> None:
         offset, place, left = part
