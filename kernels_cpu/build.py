@@ -89,10 +89,12 @@ def build(
     flags: Flags = FLAGS,
     extra: Sequence[str] = (),
     program: Path | None = None,
+    keep: bool = False,
 ) -> None:
     """Compile the objects into `work`, as many at once as there are cores, and link `target`: a
     library, or with the source of a `program` that, with an OpenMP runtime of its own. `extra`:
-    further flags for compiler and linker. Raises BuildError."""
+    further flags for compiler and linker. `keep`: a kernel's object that is there is the right
+    one. Raises BuildError."""
     command = compiler()
     work.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +103,12 @@ def build(
         sources[program] = [f"-I{SOURCES}"]
 
     def compile_one(source: Path, own: Sequence[str]) -> str:
-        made = str(work / f"{source.stem}.o")
-        _run([*command, *COMMON, *own, *extra, "-c", str(source), "-o", made])
-        return made
+        made = work / f"{source.stem}.o"
+        if not keep or source == program or not made.exists():
+            partial = made.with_suffix(".partial")
+            _run([*command, *COMMON, *own, *extra, "-c", str(source), "-o", str(partial)])
+            partial.replace(made)
+        return str(made)
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         objects = list(pool.map(lambda item: compile_one(*item), sources.items()))
@@ -115,20 +120,24 @@ def build(
 def built(
     cache: Path, flags: Flags = FLAGS, extra: Sequence[str] = (), program: Path | None = None
 ) -> Path:
-    """What `build` makes, made once: a file in `cache` named by a hash of all that goes into it.
-    Raises BuildError."""
-    headers = [SOURCES, *([program.parent] if program else [])]
-    sources = sorted(path for folder in headers for path in folder.iterdir() if path.is_file())
-    digest = hashlib.sha256(repr((compiler(), COMMON, flags, extra, program)).encode())
-    for path in sources:
-        digest.update(path.read_bytes())
-    target = cache / f"{digest.hexdigest()[:16]}{'' if program else '.so'}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "lock", "w") as lock, tempfile.TemporaryDirectory() as work:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # tests side by side build one library once
+    """What `build` makes, made once: kept in a folder of `cache` named by a hash of all that the
+    kernels are made of. Raises BuildError."""
+    work = cache / _fingerprint(SOURCES, compiler(), COMMON, flags, extra)
+    target = work / (f"{program.stem}-{_fingerprint(program.parent)}" if program else LIBRARY)
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests side by side build a library once
         if not target.exists():
-            build(target, Path(work), flags, extra, program)
+            build(target, work, flags, extra, program, keep=True)
     return target
+
+
+def _fingerprint(folder: Path, *others: object) -> str:
+    """Of the files in a folder and whatever else is given."""
+    digest = hashlib.sha256(repr(others).encode())
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _run(command: list[str]) -> None:
