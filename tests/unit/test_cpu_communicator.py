@@ -373,6 +373,7 @@ def test_one_that_cannot_share_memory_takes_all_to_gloo(tmp_path: Path, without:
         (f"{{space}} {os.getpid()} {{memory}} {'00' * 16}", "is not there"),
         ("{space} 1 1000000 00", "No such file|denied"),
     ],
+    ids=["host", "version", "place", "process"],  # the same in every process: no PID in them
 )
 def test_what_is_not_the_groups_memory_is_refused(offer: str, reason: str, tmp_path: Path) -> None:
     with open(tmp_path / "file", "w+b") as file, open(tmp_path / "memory", "w+b") as memory:
