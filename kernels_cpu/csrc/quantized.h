@@ -153,18 +153,14 @@ struct Int8 {
     static constexpr int OFFSET = 0, PARTS = 2;
     INLINE vs16 token(const Code* x) { return (vs16)splat8(x); }
     INLINE vs16 weight(const int8_t* codes) { return load_words(codes); }
-    INLINE vi add(vi sums, vs16 x, vs16 codes) {
-        return sums + multiply_words(x, codes);
-    }
-    INLINE vi total(const vi* sums, const int32_t*) {
-        return add_pairs(sums[0], sums[1]);
-    }
+    INLINE vi add(vi sums, vs16 x, vs16 codes) { return sums + multiply_words(x, codes); }
+    INLINE vi total(const vi* sums, const int32_t*) { return add_pairs(sums[0], sums[1]); }
 };
 #endif
 
-// Vectors of W columns that fit the registers beside so many rows.
-constexpr int int8_vectors(int rows) {
-    const int fit = 2 * MAX_ROWS / (rows * Int8::PARTS);
+// Vectors of W columns that fit the registers with so many sums for each.
+constexpr int vectors_of(int sums) {
+    const int fit = 2 * MAX_ROWS / sums;
     return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
 }
 
@@ -177,7 +173,7 @@ INLINE void fetch_ahead(const T* codes) {
 // c [MR, PANEL] = tokens times a panel of codes.
 struct Int8Weight {
     using Code = Int8::Code;
-    static constexpr int ROWS = MAX_ROWS, OFFSET = Int8::OFFSET;
+    static constexpr int OFFSET = Int8::OFFSET;
     static constexpr bool GROUPED = false;
     const int8_t* codes;
     const float* scales;
@@ -186,7 +182,7 @@ struct Int8Weight {
 
     template <int MR>
     void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
-        constexpr int NV = int8_vectors(MR), P = Int8::PARTS, STEP = W * QUAD / P;
+        constexpr int NV = vectors_of(MR * Int8::PARTS), P = Int8::PARTS, STEP = W * QUAD / P;
         for (int64_t at = 0; at < PANEL; at += NV * W) {
             const int8_t* column = codes + origin * k_size + at * QUAD;
             const Code* token = x.codes;
@@ -230,17 +226,12 @@ struct Int4 {
     INLINE vi widened(Sums sums) { return multiply_words(sums, vs16{} + 1); }
 #endif
 };
-constexpr int INT4_ROWS = MAX_ROWS;
-constexpr int int4_vectors(int rows) {
-    const int fit = 2 * INT4_ROWS / rows;
-    return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
-}
-INLINE vu8 low_halves(vu8 codes) { return codes & 15; }
-INLINE vu8 high_halves(vu8 codes) { return (vu8)((vu16)codes >> 4) & 15; }
+INLINE vu8 low_halves(const uint8_t* codes) { return load_bytes(codes) & 15; }
+INLINE vu8 high_halves(const uint8_t* codes) { return (vu8)((vu16)load_bytes(codes) >> 4) & 15; }
 
 struct Int4Weight {
     using Code = int8_t;
-    static constexpr int ROWS = INT4_ROWS, OFFSET = 0;
+    static constexpr int OFFSET = 0;
     static constexpr bool GROUPED = true;
     const uint8_t* codes;
     const float* scales;   // [N / PANEL][groups][PANEL]
@@ -263,9 +254,9 @@ struct Int4Weight {
         UNROLL for (int64_t k = 0; k < Int4::RUN; k += 2 * QUAD, column += PANEL * QUAD) {
             fetch_ahead<NV>(column);
             vu8 half[NV];
-            UNROLL for (int v = 0; v < NV; v++) half[v] = low_halves(load_bytes(column + v * W * QUAD));
+            UNROLL for (int v = 0; v < NV; v++) half[v] = low_halves(column + v * W * QUAD);
             add_quad(token + k * MR, half);
-            UNROLL for (int v = 0; v < NV; v++) half[v] = high_halves(load_bytes(column + v * W * QUAD));
+            UNROLL for (int v = 0; v < NV; v++) half[v] = high_halves(column + v * W * QUAD);
             add_quad(token + (k + QUAD) * MR, half);
         }
         UNROLL for (int m = 0; m < MR; m++)
@@ -274,7 +265,7 @@ struct Int4Weight {
 
     template <int MR>
     void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
-        constexpr int NV = int4_vectors(MR);
+        constexpr int NV = vectors_of(MR);
         const int64_t groups = k_size / group;
         for (int64_t at = 0; at < PANEL; at += NV * W) {
             const uint8_t* column = codes + origin * k_size / 2 + at * QUAD;
@@ -304,20 +295,24 @@ struct Int4Weight {
     }
 };
 
-// Runs `body` on tiles of nearly equal height, at most MOST; what it is given has the height as its
-// type's `value`.
+// ---------------------------------------------------------------------------------------------
+// Linear layers
+// ---------------------------------------------------------------------------------------------
+
+// Runs `body` on tiles of nearly equal height, at most MAX_ROWS; what it is given has the height
+// as its type's `value`.
 template <int N>
 struct Height {
     static constexpr int value = N;
 };
-template <int MOST, class Body>
+template <class Body>
 INLINE void in_tiles(int64_t rows, Body body) {
-    const int64_t tiles = (rows + MOST - 1) / MOST;
+    const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     for (int64_t t = 0; t < tiles; t++) {
         const Range part = part_of(rows, t, tiles);
         switch (part.end - part.begin) {
 #define HEIGHT(MR) \
-    case MR: body(part.begin, Height<MR <= MOST ? MR : MOST>{}); break;
+    case MR: body(part.begin, Height<MR>{}); break;
             HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
 #ifdef TRIMARAN_WIDE
             HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
@@ -326,10 +321,6 @@ INLINE void in_tiles(int64_t rows, Body body) {
         }
     }
 }
-
-// ---------------------------------------------------------------------------------------------
-// Linear layers
-// ---------------------------------------------------------------------------------------------
 
 // Blocks of tokens as a thread multiplies them.
 template <class Weight>
@@ -344,7 +335,7 @@ struct Block {
     Block(const Weight& weight, uint8_t* scratch)
         : weight(weight), k_size(weight.k_size), groups(k_size / weight.group) {
         const int64_t bytes = k_size * sizeof(Code) + groups * 4;
-        most = min(max(BLOCK_BYTES / bytes / Weight::ROWS, 1) * Weight::ROWS, BLOCK_ROWS);
+        most = min(max(BLOCK_BYTES / bytes / MAX_ROWS, 1) * MAX_ROWS, BLOCK_ROWS);
         c = (float*)scratch;
         scales = c + most * PANEL;
         sums = (int32_t*)(scales + most);
@@ -354,7 +345,7 @@ struct Block {
 
     template <class X>
     void read(const X* x, int64_t x_size, int64_t x_stride, int64_t rows) {
-        in_tiles<Weight::ROWS>(rows, [&](int64_t first, auto height) {
+        in_tiles(rows, [&](int64_t first, auto height) {
             constexpr int MR = decltype(height)::value;
             for (int m = 0; m < MR; m++) {
                 const int64_t row = first + m;
@@ -371,7 +362,7 @@ struct Block {
 
     // c [rows, PANEL] = tokens times the panel whose first output is `origin`.
     void multiply(int64_t rows, int64_t origin) {
-        in_tiles<Weight::ROWS>(rows, [&](int64_t row, auto height) {
+        in_tiles(rows, [&](int64_t row, auto height) {
             const Tokens<Code> x{codes + row * k_size, scales + row, sums + row * groups};
             weight.template multiply<decltype(height)::value>(x, origin, c + row * PANEL);
         });
