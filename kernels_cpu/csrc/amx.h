@@ -8,8 +8,7 @@
 // as zero, and their sums flush to zero.
 //
 // The compiler knows nothing of tiles. Each instruction therefore says that it reads or writes
-// memory, or the stores before a load (of the configuration, of staged rows) would be dropped as
-// dead.
+// memory, or the stores before a load (of staged rows, say) would be dropped as dead.
 //
 // TRIMARAN_EMULATED: plain loops over a struct of tiles. There, what a processor would not
 // forgive ends the program: tiles used without configuration, or nested configurations; and a
@@ -90,14 +89,16 @@ static void tile_dot_s8() {
 
 #else
 
-INLINE void tile_configure() {
-    alignas(64) uint8_t config[64] = {1};  // palette 1
-    for (int t = 0; t < 8; t++) {
-        config[16 + 2 * t] = TILE_BYTES;
-        config[48 + t] = TILE_ROWS;
-    }
-    __asm__ volatile("ldtilecfg %0" ::"m"(config) : "memory");
-}
+// A constant: the stores of a configuration that is put together where it is loaded are easily lost.
+struct TileConfiguration {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+alignas(64) static constexpr TileConfiguration TILE_CONFIGURATION;
+static_assert(sizeof(TileConfiguration) == 64);
+
+INLINE void tile_configure() { __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIGURATION) : "memory"); }
 INLINE void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
 template <int T>
 INLINE void tile_zero() {
