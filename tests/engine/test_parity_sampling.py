@@ -116,7 +116,7 @@ def test_seeded_requests_do_not_notice_company(model: str, platform: str) -> Non
     tight = {"max_model_len": "100", "num_gpu_blocks_override": blocks}
     with open_loop(model, max_num_seqs=16, **tight, **PLATFORMS[platform]) as loop:
         preempted = loop.run(requests, arrivals=random.Random(7))
-    if model != "mistral" or platform == "cpu":  # 24 tokens a block: none outgrows its windows
+    if model != "mistral":  # its windows are about as long as a block: none outgrows them
         assert sum(row.num_preemptions for row in preempted.values()) > 0
     for key, row in alone.items():
         assert among[key].tokens == row.tokens

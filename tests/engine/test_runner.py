@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -104,9 +105,20 @@ def test_scrubbed_blocks_are_zero(executor: UniExecutor) -> None:
         assert clean.nonzero()[:, 0].tolist() == [2, 5]
 
 
-def test_a_failing_step_says_why_and_the_next_ones_run(executor: UniExecutor) -> None:
+def test_a_failing_step_says_why_and_the_next_ones_run(
+    executor: UniExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed, calls = executor.model.embed, itertools.count()
+    assert embed is not None
+
+    def fails_once(token_ids: torch.Tensor) -> torch.Tensor:
+        if next(calls) == 0:
+            raise IndexError("no such token")
+        return embed(token_ids)
+
+    monkeypatch.setattr(executor.model, "embed", fails_once)
     case = next(c for c in greedy_cases("qwen3", 64, 24) if len(c.prompt) == 16)
-    bad = NewRow(0, [tiny_models.VOCAB + 7], 1, [[1]], GREEDY)
+    bad = NewRow(0, [5], 1, [[1]], GREEDY)
     good = NewRow(1, case.prompt, 16, [[2]], GREEDY)
     handles = [
         executor.submit(StepPlan(0, added=[bad], rows=[0], starts=[0], counts=[1], emits=[True])),
@@ -115,7 +127,7 @@ def test_a_failing_step_says_why_and_the_next_ones_run(executor: UniExecutor) ->
         ),
     ]
     failed, fine = (handle.result() for handle in handles)
-    assert failed.error is not None and "IndexError" in failed.error
+    assert failed.error is not None and "IndexError: no such token" in failed.error
     assert failed.tokens == [[]]
     assert fine.error is None and fine.tokens == [[case.tokens[0]]]
 

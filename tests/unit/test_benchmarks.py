@@ -92,7 +92,7 @@ def test_a_run_measures_every_peer_and_writes_what_it_was_given(compare):
     for name in ("mixed32", "shared_prefix"):
         ratio = report["summary"][name]["speed_of_ours_over"]["transformers,slowness=3"]
         assert ratio["median"] == pytest.approx(3.0)
-    assert report["summary"]["start"]["trimaran"]["start_s"]["median"] > 0.05  # a process started
+    assert report["summary"]["start"]["trimaran"]["start_s"]["median"] > 0.01  # a process started
     assert report["finished"] and report["kv_tokens"] == run.GROWTH_KV_TOKENS
 
 
