@@ -124,10 +124,13 @@ class Library:
         run.tokens, run.plans = tokens, plans
         self._native.trimaran_run(program, len(program), ctypes.byref(run), self._isa)
 
-    def run_one(self, call: Call, plans: int = 0) -> None:
+    def run_one(self, call: Call, alone: bool = False) -> None:
+        """Run one call; `alone`: on this thread, without waking the pool."""
         run = self._prepared()
-        run.tokens, run.plans = 0, plans
+        threads, run.tokens, run.plans = run.num_threads, 0, 0
+        run.num_threads = 1 if alone else threads
         self._native.trimaran_run(ctypes.byref(call), 1, ctypes.byref(run), self._isa)
+        run.num_threads = threads
 
     def _prepared(self) -> _Run:
         threads = torch.get_num_threads()

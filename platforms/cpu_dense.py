@@ -53,6 +53,7 @@ class NativeLinear(NativeOp):
     canonical forms that there are packers for."""
 
     op = "linear"
+    reads_weights = True
 
     def __init__(self, kernels: Mapping[str, LinearKernel], formats: Sequence[str]) -> None:
         self._kernels = kernels

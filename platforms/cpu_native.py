@@ -17,6 +17,10 @@ from ..kernels_cpu.library import ELEMENTS, Call, library, unavailable
 from .interface import OpImpl, OpSignature, Output, Support
 
 
+SMALL_BYTES = 1 << 20
+"""An op alone that reads and writes no more is done before a second thread would be there."""
+
+
 class Operand(NamedTuple):
     """Where a tensor lies. The leading dimension counts tokens; `shape` is the rest of its shape
     and `strides`, in elements, are all of its strides."""
@@ -46,6 +50,7 @@ class NativeOp(OpImpl):
 
     name = "native"
     priority = 10
+    reads_weights = False
     kernel: str
     tensors: tuple[int, ...] = (0,)
 
@@ -85,5 +90,6 @@ class NativeOp(OpImpl):
         rows = len(args[self.tensors[0]])
         call = native.call(self.kernel_of(args), self.dtype_of(args), rows)
         self.fill(call, [Operand.of(tensor) for tensor in made], given)
-        native.run_one(call)
+        small = args[self.tensors[0]].nbytes + sum(tensor.nbytes for tensor in made) <= SMALL_BYTES
+        native.run_one(call, alone=small and not self.reads_weights)
         return tuple(made) if len(made) > 1 else made[0]
