@@ -1,5 +1,5 @@
-"""L1: every implementation of every op, forced, against the op's reference on the host; packers
-and fusions; attention is in `l1_attention`."""
+"""L1: every implementation of every op, forced, against the op's reference on the host; fusions;
+weights are in `l1_weights`, attention in `l1_attention`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from ..platforms.interface import (
     Fusion,
     OpImpl,
     OpSignature,
-    PackedWeight,
     Platform,
-    Support,
     WeightPacker,
 )
 from ..platforms.ops import CHAINS, DENSE, OPS, DensePacker, ReferenceOp, Tolerance, chain
-from . import l1_attention
+from . import l1_attention, l1_weights
 from .attention_specs import dtypes
 from .base import Check, Failed, Measurements, Skipped, Subject, expect
-from .cases import CASES, CHAIN_CASES, SPECIAL, SPREADS, Arguments, OpCase, dense, sizes
+from .calls import ask_support, call
+from .cases import CASES, CHAIN_CASES, SPECIAL, SPREADS, OpCase, sizes
 from .compare import as_tuple, difference
-from .lab import Guarded, as_bits, on_device, opened, to_host_all
+from .lab import as_bits, opened
 from .report import REFUSED
 from .speed import op_speed
 
@@ -46,15 +45,11 @@ def checks(subject: Subject) -> list[Check]:
                 for what, run in (("", check_op), ("/special", check_special)):
                     name = f"{at}/{_name(dtype)}{what}"
                     found.append(_check(name, run, subject, impl, dtype, may_refuse=True))
-    for format, packer in platform.weight_packers().items():
-        for dtype in dtypes(platform, subject.device):
-            name = f"packer/{format}/{_name(dtype)}"
-            found.append(_check(name, check_packer, subject, packer, dtype))
     for fusion in platform.fusions():
         for dtype in dtypes(platform, subject.device):
             name = f"fusion/{fusion.name}/{_name(dtype)}"
             found.append(_check(name, check_fusion, subject, fusion, dtype, may_refuse=True))
-    return found + l1_attention.checks(subject)
+    return found + l1_weights.checks(subject) + l1_attention.checks(subject)
 
 
 def _check(
@@ -99,17 +94,6 @@ def check_supports(subject: Subject, impl: OpImpl) -> None:
             for factor in (1, 1000):
                 larger = {key: size * factor for key, size in known.items()}
                 ask_support(impl, OpSignature(impl.op, dtype, larger))
-
-
-def ask_support(impl: OpImpl, use: OpSignature) -> Support:
-    try:
-        answer = impl.supports(use)
-    except Exception as error:  # the platform's
-        said = f"{impl.op}/{impl.name}: supports() raises {type(error).__name__}: {error}"
-        raise Failed(said, case=f"{use}") from error
-    expect(isinstance(answer, Support), f"supports() returned {answer!r}", case=f"{use}")
-    expect(answer or answer.reason, f"{impl.name} refuses without a reason", case=f"{use}")
-    return answer
 
 
 def check_op(subject: Subject, impl: OpImpl, dtype: torch.dtype) -> Measurements | None:
@@ -216,60 +200,9 @@ def _copy(arg: Any) -> Any:
     return arg.clone() if isinstance(arg, Tensor) else arg
 
 
-def call(
-    device: Device, impl: OpImpl, packer: WeightPacker, args: Arguments
-) -> tuple[tuple[Tensor, ...], str]:
-    """The results on the host, and what was written that may not be (empty: nothing)."""
-    guards: dict[int, Guarded] = {}
-    given: list[Any] = []
-    for i, arg in enumerate(args):
-        if isinstance(arg, PackedWeight):
-            weight = guards[i] = Guarded(device, arg.tensors[0])
-            device.synchronize()
-            given.append(packer.pack({"weight": weight.tensor}, arg.shape))
-        elif isinstance(arg, Tensor):
-            guards[i] = Guarded(device, arg)
-            given.append(guards[i].tensor)
-        else:
-            given.append(arg)
-
-    def work() -> tuple[Any, list[Tensor]]:
-        results = to_host_all(device, impl(*given))
-        return results, [guard.read(device) for guard in guards.values()]
-
-    results, reads = on_device(device, work)
-    for (i, guard), read in zip(guards.items(), reads, strict=True):
-        if said := guard.changed(read, writable=impl.op == "copy" and i == 0):
-            return as_tuple(results), f"argument {i}: {said}"
-    return as_tuple(results), ""
-
-
 # ---------------------------------------------------------------------------------------------
-# Packers and fusions
+# Fusions
 # ---------------------------------------------------------------------------------------------
-
-
-def check_packer(subject: Subject, packer: WeightPacker, dtype: torch.dtype) -> None:
-    """A packed weight multiplies as the plain one does, and takes the bytes that were promised."""
-    for rows, columns in ((16, 64), (17, 64), (100, 33), (256, 256)):
-        case = f"weight [{rows}, {columns}] of {dtype}, seed {subject.seed}"
-        with torch.random.fork_rng(devices=[]), opened(subject) as device:
-            torch.manual_seed(subject.seed)
-            weight = dense(rows, columns, dtype).tensors[0]
-            there = device.to_device(weight)
-            device.synchronize()
-            before = sum(device.memory().by_tag.values())
-            packed = packer.pack({"weight": there}, (rows, columns))
-            device.synchronize()
-            taken = sum(device.memory().by_tag.values()) - before + packed.extra_bytes
-        shape = isinstance(packed, PackedWeight) and packed.shape == (rows, columns)
-        expect(shape, f"pack() returned {packed!r}", case=case)
-        promised = packer.packed_bytes(dtype, (rows, columns))
-        if promised is None:
-            expect(not packed.extra_bytes, "kept as it is, and yet with extra bytes", case=case)
-        else:
-            close = abs(taken - promised) <= max(1024, 0.02 * promised)
-            expect(close, f"it takes {taken} bytes, promised were {promised}", case=case)
 
 
 def check_fusion(subject: Subject, fusion: Fusion, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from bugs import Quick, bug
+from seeded_bugs import Quick, bug
 from torch import Tensor
 
 from trimaran.platforms.interface import (

@@ -31,11 +31,14 @@ from buggy_attention import (
     WrongSlot,
 )
 from buggy_devices import into
-from bugs import FOUND_BY, Quick, bug
+from seeded_bugs import FOUND_BY, Quick, bug
 from torch import Tensor
 
+from trimaran.core.quantization.codes import dequantize
 from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.interface import (
+    INT4,
+    INT8,
     AttentionImpl,
     AttentionSpec,
     Capabilities,
@@ -52,7 +55,7 @@ from trimaran.platforms.interface import (
     Support,
     WeightPacker,
 )
-from trimaran.platforms.ops import DENSE, OPS, DensePacker, chain
+from trimaran.platforms.ops import DENSE, OPS, DensePacker, ReferenceOp, chain, linear
 from trimaran.platforms.strict import StrictPlatform
 from trimaran.platforms.strict_device import StrictDevice
 
@@ -311,6 +314,20 @@ class SampleTakesTheLast(WithOp):
         return scores.shape[-1] - 1 - scores.flip(-1).argmax(-1)
 
 
+@bug("L1/draw/vendor/float32")
+class DrawsByHalfTheSeed(WithOp):
+    """Seeds that differ only in their upper 32 bits draw the same noise."""
+
+    op = "draw"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        scores, floats, ints, short = args
+        lower = ints.clone()
+        lower[2] = 0
+        return OPS["draw"].reference(scores, floats, lower, short)
+
+
 def off_by_one(op: str) -> Callable[..., Any]:
     """The first element of the first result is one more than it should be."""
 
@@ -400,6 +417,89 @@ class PackerDropsRows(Quick):
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
         return {DENSE: DroppingPacker()}
+
+
+class PackerOfCodes(WeightPacker):
+    """Right: keeps the canonical tensors."""
+
+    def __init__(self, format: str, names: Sequence[str]) -> None:
+        self.format = format
+        self._names = names
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+        return PackedWeight(self.format, shape, tuple(tensors[name] for name in self._names))
+
+
+class LinearByCodes(VendorOp):
+    """Right: multiplies by what the codes stand for, and reads dense weights too."""
+
+    def __init__(self) -> None:
+        super().__init__("linear", self.multiply)
+
+    def multiply(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        if weight.format != DENSE:
+            plain = self.values(weight.tensors).to(x.dtype)
+            weight = PackedWeight(DENSE, weight.shape, (plain,))
+        return linear(x, weight, bias)
+
+    def values(self, tensors: Sequence[Tensor]) -> Tensor:
+        codes, scales, *zeros = tensors
+        return dequantize(
+            {"codes": codes, "scales": scales, **({"zeros": zeros[0]} if zeros else {})}
+        )
+
+
+class WithCodes(Quick):
+    """Right, with `multiplies` for weights in 8 and 4 bits."""
+
+    multiplies: ClassVar[type[LinearByCodes]] = LinearByCodes
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        # The reference refuses these formats: nobody may ask it.
+        return {**super().ops(), "linear": [type(self).multiplies(), ReferenceOp(OPS["linear"])]}
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        names = {INT8: ("codes", "scales"), INT4: ("codes", "scales", "zeros")}
+        of_codes = {format: PackerOfCodes(format, tensors) for format, tensors in names.items()}
+        return {DENSE: DensePacker(), **of_codes}
+
+
+class ScaleOfTheNextOutput(LinearByCodes):
+    def values(self, tensors: Sequence[Tensor]) -> Tensor:
+        codes, scales, *zeros = tensors
+        return super().values((codes, scales.roll(-1, 0), *zeros))
+
+
+@bug("L1/packer/int8/float32/product")
+class ScalesOfAnotherOutput(WithCodes):
+    """Codes are multiplied by the scale of the output behind theirs."""
+
+    multiplies = ScaleOfTheNextOutput
+
+
+class ZeroInTheMiddle(LinearByCodes):
+    def values(self, tensors: Sequence[Tensor]) -> Tensor:
+        codes, scales, *zeros = tensors
+        return super().values((codes, scales, *(torch.full_like(one, 8) for one in zeros)))
+
+
+@bug("L1/packer/int4/float32/product")
+class SymmetricInt4(WithCodes):
+    """The zeros of groups are taken to be 8, whatever they are."""
+
+    multiplies = ZeroInTheMiddle
+
+
+class NeverByCodes(LinearByCodes):
+    def multiply(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias)
+
+
+@bug("L1/packer/int8/float32/product")
+class LiesAboutCodes(WithCodes):
+    """A `linear` for dense weights says that it supports every format."""
+
+    multiplies = NeverByCodes
 
 
 class WithFusion(Quick):

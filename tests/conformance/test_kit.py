@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import buggy_platforms
-import bugs
 import pytest
+import seeded_bugs
 import torch
 
 from trimaran.cli.main import main
@@ -54,10 +54,16 @@ def failures(report: Report) -> str:
 def test_our_platforms_pass_the_lower_levels(name: str) -> None:
     report = run_kit(Subject(name, quick=True), BELOW, isolate=False)
     assert report.ok, failures(report)
-    assert not report.skipped
+    assert all(one.detail.startswith(REFUSED) for one in report.skipped)
     assert {one.level for one in report.outcomes} == {"L0", "L1", "L2"}
     assert report.platform == name and report.capabilities["dtypes"]
     assert report.bindings.keys() == OPS.keys()
+    passed = {one.full_name for one in report.outcomes if one.status == "passed"}
+    for op, by_dtype in report.bindings.items():
+        for dtype, chosen in by_dtype.items():
+            assert f"L1/{op}/{chosen}/{dtype}" in passed, "what engines bind was not refused"
+    quantized = set(report.capabilities["weight_formats"]) - {"dense"}
+    assert {f"L1/packer/{one}/float32/product" for one in quantized} <= passed
     measured = [one for one in report.outcomes if one.level == "L1" and one.measured]
     assert len(measured) > 30, "speed stands beside correctness"
 
@@ -187,6 +193,7 @@ def test_a_crash_or_a_hang_fails_one_check(name: str, said: str) -> None:
     subject = Subject(f"{buggy_platforms.__name__}:{name}", quick=True)
     only = ["L1/add/vendor/float32", "L1/copy/reference/float32"]
     report = run_kit(subject, [level("L1")], only, time_limit=12.0)
+    assert not report.absent
     statuses = {one.full_name: one.status for one in report.outcomes}
     assert statuses["L1/add/vendor/float32"] == "failed"
     assert statuses["L1/copy/reference/float32"] == "passed", "the rest of the level is still run"
@@ -278,6 +285,13 @@ def test_a_graph_that_runs_its_work_again_passes() -> None:
     assert found.status == "passed", found.detail
 
 
+def test_weights_in_codes_are_multiplied_by_those_alone_who_say_they_can() -> None:
+    found = outcomes(buggy_platforms.WithCodes, "L1", "L1/packer")
+    formats = {name.split("/")[1] for name in found if name.endswith("/product")}
+    assert formats == {"int8", "int4"}
+    assert {one.status for one in found.values()} == {"passed"}, found
+
+
 def test_who_refuses_everything_is_skipped_not_passed() -> None:
     found = outcomes(buggy_platforms.RefusesAll, "L1", "L1/add", "L1/fusion")
     skipped = {name for name, one in found.items() if one.status == "skipped"}
@@ -295,7 +309,7 @@ def test_fusions_are_asked_with_the_sizes_that_engines_ask_with() -> None:
             asked.append(sig)
             return Support.no("only asks")
 
-    class Platform(bugs.Quick):
+    class Platform(seeded_bugs.Quick):
         def fusions(self) -> Sequence[Fusion]:
             return (Fusion("noting", composition, Noting("linear+silu_mul", print)),)
 
