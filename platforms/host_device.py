@@ -116,7 +116,8 @@ def huge_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size == 0:
         return torch.zeros(tuple(shape), dtype=dtype)
-    pages = mmap.mmap(-1, size)  # the tensor keeps it alive
+    # Private: shared memory, Python's default, gets no huge pages. The tensor keeps it alive.
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))

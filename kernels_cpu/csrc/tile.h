@@ -44,10 +44,19 @@ struct Factor<bf16> {
 
 constexpr int64_t AHEAD = 1024;  // bytes that a stream of weights is fetched ahead
 
-// The lines that `bytes` at `at` lie in.
-template <int bytes>
-INLINE void fetch(const char* at) {
-    UNROLL for (int line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+// The lines that `bytes` at `at` lie in, to the L1 cache, or to L2 from `FAR` times as far: rows that
+// share a panel read it several times, and only the first time from memory.
+constexpr int64_t FAR = 4;
+template <int bytes, bool far>
+INLINE void fetch(const char* b, int64_t ahead) {
+    UNROLL for (int line = 0; line < bytes; line += 64)
+        __builtin_prefetch(b + (far ? FAR * ahead : ahead) + line, 0, far ? 2 : 3);
+}
+// Bytes of B that are fetched with each step of k: with several rows the tile's neighbours too.
+template <class B, int MR, int NV>
+constexpr int fetched() {
+    constexpr int own = NV * W * PairsOf<B>::value * (int)sizeof(B);
+    return MR > 1 && own < 128 ? 128 : own;
 }
 
 // acc[m][v] += sum over k of a[m * lda + k] * b[k][v * W ...]; `columns`: of a row of B. K is even
@@ -64,7 +73,7 @@ INLINE void multiply(const float* a, int64_t lda, const B* b, int64_t columns, i
         }
     };
     for (int64_t k = 0; k < k_size; k += PairsOf<B>::value, b += PairsOf<B>::value * columns) {
-        fetch<NV * W * PairsOf<B>::value * sizeof(B)>((const char*)b + ahead);
+        fetch<fetched<B, MR, NV>(), (MR > 1)>((const char*)b, ahead);
         if constexpr (PairsOf<B>::value == 2) {
             UNROLL for (int v = 0; v < NV; v++) row[v] = even(load_pairs(b + 2 * v * W));
             add_row(k);
@@ -83,7 +92,7 @@ template <int MR, int NV>
 INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns, int64_t k_size,
                      vf (&acc)[MR][NV], int64_t ahead) {
     for (int64_t k = 0; k < k_size; k += 2, b += 2 * columns) {
-        fetch<NV * W * 2 * sizeof(bf16)>((const char*)b + ahead);
+        fetch<fetched<bf16, MR, NV>(), (MR > 1)>((const char*)b, ahead);
         UNROLL for (int m = 0; m < MR; m++) {
             uint32_t pair;
             __builtin_memcpy(&pair, a + m * lda + k, 4);
