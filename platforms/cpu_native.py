@@ -16,7 +16,6 @@ from torch import Tensor
 from ..kernels_cpu.library import ELEMENTS, Call, library, unavailable
 from .interface import OpImpl, OpSignature, Output, Support
 
-
 SMALL_BYTES = 1 << 20
 """An op alone that reads and writes no more is done before a second thread would be there."""
 
