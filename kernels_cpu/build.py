@@ -63,6 +63,7 @@ EMULATED: Flags = {
 }
 """The same sources for a processor with AVX2 alone: what wider sets compute, without their
 instructions. For tests."""
+FOLDERS_KEPT = 8  # of a cache: a sanitized build is 40 MB
 ERROR_SHOWN = 4000  # characters of a compiler's
 SANITIZED = [
     *["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"],
@@ -129,6 +130,9 @@ def built(
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests side by side build a library once
         if not target.exists():
             build(target, work, flags, extra, program, keep=True)
+    folders = sorted((path for path in cache.iterdir() if path.is_dir()), key=os.path.getmtime)
+    for old in folders[:-FOLDERS_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
