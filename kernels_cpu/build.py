@@ -63,7 +63,7 @@ EMULATED: Flags = {
 }
 """The same sources for a processor with AVX2 alone: what wider sets compute, without their
 instructions. For tests."""
-FOLDERS_KEPT = 8  # of a cache: a sanitized build is 40 MB
+FOLDERS_KEPT = 8  # of a cache
 ERROR_SHOWN = 4000  # characters of a compiler's
 SANITIZED = [
     *["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1"],
