@@ -57,6 +57,8 @@ class RealServer:
     def __init__(self, model, *flags, stdout=None, stderr=None):
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
+        # Kept open: a request for the load takes a millisecond, a client of its own thirty.
+        self.client = httpx.Client(base_url=self.url, timeout=5)
         self.log = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "trimaran", "serve", str(model), f"--port={self.port}"]
         self.process = subprocess.Popen(
@@ -85,7 +87,7 @@ class RealServer:
         return None
 
     def load(self):
-        return httpx.get(self.url + "/load", timeout=5).json()
+        return self.client.get("/load").json()
 
     def complete(self, **body):
         values = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True, **body}
@@ -133,6 +135,7 @@ class RealServer:
                     child.kill()
             self.process.kill()
             self.process.wait()
+        self.client.close()
         self.log.close()
 
 
