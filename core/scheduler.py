@@ -225,26 +225,55 @@ class Scheduler:
     # ---------------------------------------------------------------- admission
 
     def _admit_waiting(self, step: StepInFlight, party: str) -> None:
-        """Start or resume waiting sequences in strict order: if the first cannot, none does."""
-        sequences = self.sequences
-        while self._budget > 0 and sequences.has_free_row:
-            request = sequences.queue.peek()
+        """Start or resume waiting sequences in strict order: if the first cannot, none does. Only
+        those that gain by it are passed over for this step (`_gains_by_waiting`)."""
+        queue, num_passed = self.sequences.queue, 0
+        if queue.peek() is None:
+            return
+        pending = self._pending_blocks(party)
+        while self._budget > 0 and self.sequences.num_free_rows > num_passed:
+            request = queue.peek()
             # Tokens in flight have to be known before the sequence can be resumed.
-            if request is None or request.party != party or sequences.is_in_flight(request):
-                return
-            if not self._admit(step, request):
-                return
+            if request is None or request.party != party or self.sequences.is_in_flight(request):
+                break
+            hit = None
+            if not request.kv.holds_blocks:
+                hit = self.kv.find_hit(request.kv, request.tokens)
+            if hit and self._gains_by_waiting(request, hit, pending):
+                queue.pass_over()
+                num_passed += 1
+            elif self._admit(step, request, hit):
+                pending.update(self.kv.digests(request.kv, 0, request.num_computed))
+            else:
+                break
+        queue.recall()
 
-    def _admit(self, step: StepInFlight, request: Request) -> bool:
-        hit = None
-        if not request.kv.holds_blocks:
-            hit = self.kv.find_hit(request.kv, request.tokens)
+    def _pending_blocks(self, party: str) -> set[bytes]:
+        """Digests of prompts' blocks that steps in flight, or the one in the making, compute."""
+        pending: set[bytes] = set()
+        for request in self.sequences.running:
+            if request.num_computed - request.num_verified > 1 and request.party == party:
+                pending.update(
+                    self.kv.digests(request.kv, request.num_verified, request.num_computed)
+                )
+        return pending
+
+    def _gains_by_waiting(self, request: Request, hit: Hit, pending: set[bytes]) -> bool:
+        """Whether most of what this step would compute of a request is being computed for another
+        that begins alike. Then it waits for the cache: requests that come together and share a
+        prefix compute it once."""
+        left = len(request.tokens) - hit.num_tokens
+        soon = self.kv.cached_soon(request.kv, hit, pending)
+        return 2 * soon > self._chunk(request, left, self._budget)
+
+    def _admit(self, step: StepInFlight, request: Request, hit: Hit | None) -> bool:
+        """`hit`: what is cached for a sequence without blocks; None for one that kept its own."""
         start = hit.num_tokens if hit else request.num_computed
         end = start + self._chunk(request, len(request.tokens) - start, self._budget)
         end = self._room_for_new(step, request, hit, end)
         if end <= start:
             # It may have lost its own forked blocks just now: then it starts over at once.
-            return hit is None and request.num_computed < start and self._admit(step, request)
+            return hit is None and request.num_computed < start
         if hit:
             begun = self.kv.begin(request.kv, hit, end)
             assert begun

@@ -99,8 +99,8 @@ class Sequences:
     # ---------------------------------------------------------------- running
 
     @property
-    def has_free_row(self) -> bool:
-        return bool(self._free_rows)
+    def num_free_rows(self) -> int:
+        return len(self._free_rows)
 
     def run(self, request: Request) -> int:
         """The sequence, which has its blocks, leaves the queue and takes the lowest free row."""

@@ -27,6 +27,7 @@ class WaitingQueue:
         self._key = key
         self._clock = clock
         self._heap: list[tuple[tuple[int, ...], int, Request]] = []
+        self._passed: list[tuple[tuple[int, ...], int, Request]] = []
         self._num_entries = 0
         self._size = 0
         self.num_new = 0
@@ -56,6 +57,15 @@ class WaitingQueue:
                 return request
             heapq.heappop(self._heap)
         return None
+
+    def pass_over(self) -> None:
+        """The head keeps its place, but `peek` shows who comes after it until `recall`."""
+        self._passed.append(heapq.heappop(self._heap))
+
+    def recall(self) -> None:
+        for entry in self._passed:
+            heapq.heappush(self._heap, entry)
+        self._passed.clear()
 
     def start(self, request: Request) -> None:
         """The request leaves the queue to run."""

@@ -8,7 +8,8 @@ what must happen to block contents (copies, scrubs) is handed to the plan.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from ..plan import BlockCopy, BlockRef
@@ -73,6 +74,23 @@ class KVManager:
                 length = group.longest_hit(chain, length)
         pairs = zip(self.groups, chains, strict=True)
         return Hit(length, [group.hit_table(chain, length) for group, chain in pairs])
+
+    def digests(self, sequence: SequenceKV, start: int, end: int) -> list[bytes]:
+        """Of the blocks that the sequence will publish when tokens `start` to `end` are computed;
+        only of a prompt, since what is generated is not known before."""
+        if sequence.epoch != self._epoch:
+            return []
+        size = self.groups[0].block_size  # tokens that are equal are so in blocks of any size
+        return sequence.chains.get(size, [])[start // size : end // size]
+
+    def cached_soon(self, sequence: SequenceKV, hit: Hit, pending: Container[bytes]) -> int:
+        """How many tokens past its hit the sequence will find cached once the blocks `pending`
+        (digests) are published."""
+        if not (self.enable_prefix_caching and sequence.reuse):
+            return 0
+        size = self.groups[0].block_size
+        rest = sequence.chains[size][hit.num_tokens // size :]
+        return size * sum(1 for _ in itertools.takewhile(pending.__contains__, rest))
 
     def _chain(
         self, sequence: SequenceKV, group: Group, tokens: list[int], num_tokens: int
