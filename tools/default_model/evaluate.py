@@ -2,13 +2,16 @@
 
     python tools/default_model/evaluate.py --require 0.95
     python tools/default_model/evaluate.py --backend transformers --json accuracy.json
+    python tools/default_model/evaluate.py --quantization none int8 int4
 
-Exits with 1 if the total accuracy is below `--require`.
+Several quantizations are measured on the same items, in the order given. Exits with 1 if a total
+accuracy is below `--require`.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib
 import json
 import sys
@@ -95,10 +98,12 @@ def transformers_backend(model_path: str, dtype: str, ends: list[int]) -> Genera
     return generate
 
 
-def trimaran_backend(model_path: str, dtype: str, ends: list[int]) -> Generate:
+def trimaran_backend(
+    model_path: str, dtype: str, ends: list[int], quantization: str | None
+) -> Generate:
     """All examples at once through Trimaran's own engine."""
     trimaran = importlib.import_module("trimaran")
-    engine: Any = trimaran.LLM(model=model_path, dtype=dtype)
+    engine: Any = trimaran.LLM(model=model_path, dtype=dtype, quantization=quantization)
 
     def generate(batch: list[Example]) -> list[list[int]]:
         prompts = [{"prompt_token_ids": example.prompt} for example in batch]
@@ -154,7 +159,7 @@ def report(examples: list[Example]) -> dict[str, Any]:
 def print_report(result: dict[str, Any], errors: list[Example], shown: int) -> None:
     """The table, and some errors to read."""
     console = Console()
-    table = Table("category", "items", "correct", "accuracy")
+    table = Table("category", "items", "correct", "accuracy", title=result["quantization"])
     for name, row in result["categories"].items():
         table.add_row(name, str(row["items"]), str(row["correct"]), f"{row['accuracy']:.2%}")
     table.add_section()
@@ -162,6 +167,8 @@ def print_report(result: dict[str, Any], errors: list[Example], shown: int) -> N
         "total", str(result["items"]), str(result["correct"]), f"{result['accuracy']:.2%}"
     )
     console.print(table)
+    if "lost" in result:
+        console.print(f"against the first: {result['lost']} lost, {result['gained']} gained")
     for example in sorted(errors, key=lambda e: e.item.category)[:shown]:
         question = example.item.messages[-2]["content"] if example.item.messages else ""
         console.print(
@@ -172,12 +179,43 @@ def print_report(result: dict[str, Any], errors: list[Example], shown: int) -> N
         )
 
 
-def main() -> None:
-    """Evaluates and prints."""
+def measure(
+    options: argparse.Namespace, tokenizer: Tokenizer, quantization: str, first: list[Example]
+) -> tuple[dict[str, Any], list[Example]]:
+    """The result with one quantization, and its examples. `first`: the same items as another one
+    had them, to count what changed; empty: none."""
+    started = time.perf_counter()
+    examples = make_examples(tokenizer, options.items, options.seed, options.split)
+    ends = end_tokens(tokenizer)
+    if options.backend == "transformers":
+        generate = transformers_backend(options.model, options.dtype, ends)
+    else:
+        kept_as = None if quantization == "none" else quantization
+        generate = trimaran_backend(options.model, options.dtype, ends, kept_as)
+    default_size = 64 if options.backend == "transformers" else len(examples)
+    run(examples, generate, tokenizer, options.batch_size or default_size)
+    result: dict[str, Any] = {"quantization": quantization} | report(examples)
+    if first:
+        pairs = list(zip(first, examples, strict=True))
+        result["lost"] = sum(was.correct and not now.correct for was, now in pairs)
+        result["gained"] = sum(now.correct and not was.correct for was, now in pairs)
+    result["seconds"] = round(time.perf_counter() - started, 2)
+    return result, examples
+
+
+def parse_options() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(MODEL_DIR))
     parser.add_argument("--backend", choices=("trimaran", "transformers"), default="trimaran")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument(
+        "--quantization",
+        nargs="+",
+        choices=("none", "int8", "int4"),
+        default=["none"],
+        help="of the weights at load (trimaran); several: one after the other",
+    )
     parser.add_argument("--items", type=int, default=4_200)
     parser.add_argument(
         "--split", choices=("dev", "eval"), default="eval", help="dev: to choose a recipe by"
@@ -185,29 +223,38 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=0, help="0: 64, or all for trimaran")
     parser.add_argument("--require", type=float, default=0.0, help="least total accuracy")
-    parser.add_argument("--json", default="", help="file for the result")
+    parser.add_argument("--json", default="", help="file for the results")
     parser.add_argument("--errors", type=int, default=0, help="errors to print")
     options = parser.parse_args()
+    if options.backend == "transformers" and options.quantization != ["none"]:
+        parser.error(
+            "--quantization is for --backend trimaran: transformers runs the model as it is"
+        )
+    return options
+
+
+def main() -> None:
+    """Evaluates and prints."""
+    options = parse_options()
     tokenizer = Tokenizer.from_file(str(Path(options.model) / "tokenizer.json"))
-    examples = make_examples(tokenizer, options.items, options.seed, options.split)
-    ends = end_tokens(tokenizer)
-    backends = {"trimaran": trimaran_backend, "transformers": transformers_backend}
-    generate = backends[options.backend](options.model, options.dtype, ends)
-    default_size = 64 if options.backend == "transformers" else len(examples)
-    started = time.perf_counter()
-    run(examples, generate, tokenizer, options.batch_size or default_size)
-    result = report(examples)
-    result |= {
-        "backend": options.backend,
-        "dtype": options.dtype,
-        "seed": options.seed,
-        "split": options.split,
-        "seconds": round(time.perf_counter() - started, 2),
-    }
-    print_report(result, [e for e in examples if not e.correct], options.errors)
+    results: list[dict[str, Any]] = []
+    first: list[Example] = []
+    for quantization in options.quantization:
+        result, examples = measure(options, tokenizer, quantization, first)
+        first = first or examples
+        results.append(result)
+        print_report(result, [e for e in examples if not e.correct], options.errors)
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    if result["accuracy"] < options.require:
+        about = {
+            "command": " ".join(["tools/default_model/evaluate.py", *sys.argv[1:]]),
+            "date": datetime.date.today().isoformat(),
+            "backend": options.backend,
+            "dtype": options.dtype,
+            "seed": options.seed,
+            "split": options.split,
+        }
+        Path(options.json).write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
+    if min(result["accuracy"] for result in results) < options.require:
         sys.exit(1)
 
 
