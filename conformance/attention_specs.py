@@ -11,6 +11,8 @@ import torch
 from ..platforms.interface import AttentionSpec, Platform
 from .base import Subject
 
+SLOPES = (0.25, 0.0625, 0.015625, 0.00390625)
+"""Those of four heads (Press et al. 2022, section 3)."""
 SHAPES: Mapping[str, Mapping[str, Any]] = {
     "gqa": {},
     "mha": {"num_kv_heads": 4},
@@ -22,8 +24,11 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "softcap window": {"softcap": 3.0, "sliding_window": 20},
     "not causal": {"causal": False},
+    "alibi not causal": {"alibi_slopes": SLOPES, "causal": False},
+    "alibi softcap window": {"alibi_slopes": SLOPES, "softcap": 3.0, "sliding_window": 20},
+    "alibi": {"alibi_slopes": SLOPES},
 }
-QUICK: tuple[str, ...] = ("gqa", "mqa", "head 80", "window", "softcap")
+QUICK: tuple[str, ...] = ("gqa", "mqa", "head 80", "window", "softcap", "alibi")
 
 
 def spec_for(

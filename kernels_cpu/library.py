@@ -13,7 +13,7 @@ import torch
 
 from .build import LIBRARY
 
-VERSION = 1
+VERSION = 2
 """Of the calls and the packed layouts; `VERSION` in csrc/abi.h."""
 ISAS = ("none", "avx2", "avx512", "avx512_bf16", "amx")
 """In rising order; the library's own numbers."""

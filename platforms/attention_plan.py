@@ -47,9 +47,9 @@ class Piece(NamedTuple):
         return self.high - self.low
 
     def is_triangle(self, spec: AttentionSpec) -> bool:
-        """Each query sees exactly the keys up to its own: no prefix, no window."""
+        """Each query sees exactly the keys up to its own, all alike: no prefix, window or ALiBi."""
         window = spec.sliding_window
-        square = spec.causal and self.queries == self.keys
+        square = spec.causal and self.queries == self.keys and not spec.alibi_slopes
         return square and (window is None or window >= self.keys)
 
 
@@ -62,8 +62,10 @@ class Group:
     read. `rows` int64 `[batch * queries]`: packed indices of the queries, padding repeats the last
     (None: they are rows [start, start + batch * queries)). `valid`: the entries of `rows` that are
     no padding (None: all). `mask` `[batch, 1, queries, keys]`, 0 or -inf, is added to the scores
-    (None: each query sees all, or where `causal` the lower triangle). `folded`: the heads that
-    share a KV head are computed as its queries, by plain products.
+    (None: each query sees all, or where `causal` the lower triangle). `alibi`: slopes `[heads, 1,
+    1]` and distances `[batch, 1, queries, keys]`, whose product is taken off the scores (None:
+    nothing is). `folded`: the heads that share a KV head are computed as its queries, by plain
+    products.
     """
 
     batch: int
@@ -74,6 +76,7 @@ class Group:
     rows: Tensor | None
     valid: Tensor | None
     mask: Tensor | None
+    alibi: tuple[Tensor, Tensor] | None
     causal: bool
     folded: bool
 
@@ -161,10 +164,11 @@ def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Gr
     folded = folds(spec, queries)
     # Padding after a triangle lies outside of it: no mask even where the pieces differ.
     causal = not folded and all(p.is_triangle(spec) for p in pieces)
-    mask = None
+    mask = alibi = None
     if not causal and not _sees_all(spec, pieces, queries, keys):
         query_at = torch.minimum(row, stop - 1) - start + position
         mask = _mask(spec, query_at, key_at, high)
+        alibi = _alibi(spec, query_at, key_at)
     even = all(p.queries == queries for p in pieces)
     in_order = all(a.stop == b.start for a, b in pairwise(pieces))
     return Group(
@@ -176,6 +180,7 @@ def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Gr
         rows=None if even and in_order else torch.minimum(row, stop - 1).view(-1),
         valid=None if even else to_accelerator(_valid(pieces, queries), device),
         mask=mask,
+        alibi=alibi,
         causal=causal,
         folded=folded,
     )
@@ -188,8 +193,8 @@ def _valid(pieces: list[Piece], queries: int) -> Tensor:
 
 
 def _sees_all(spec: AttentionSpec, pieces: list[Piece], queries: int, keys: int) -> bool:
-    """Does every query see all `keys` keys?"""
-    if any(p.keys < keys for p in pieces):
+    """Does every query see all `keys` keys, and see them alike?"""
+    if spec.alibi_slopes or any(p.keys < keys for p in pieces):
         return False
     window = spec.sliding_window
     return not spec.causal or (queries == 1 and (window is None or keys <= window))
@@ -220,3 +225,12 @@ def _mask(spec: AttentionSpec, query_at: Tensor, key_at: Tensor, high: Tensor) -
             seen &= distance < spec.sliding_window
     mask = torch.zeros(seen.shape, device=seen.device)
     return mask.masked_fill_(~seen, float("-inf")).unsqueeze(1)
+
+
+def _alibi(spec: AttentionSpec, query_at: Tensor, key_at: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`Group.alibi`. The product is left to each layer: those of a step, kept until its end, would
+    take as much memory as all its scores."""
+    if not spec.alibi_slopes:
+        return None
+    slopes = to_accelerator(torch.tensor(spec.alibi_slopes).view(-1, 1, 1), query_at.device)
+    return slopes, (query_at.unsqueeze(2) - key_at.unsqueeze(1)).abs().float().unsqueeze(1)

@@ -14,6 +14,7 @@ from .interface import (
     LayerKV,
     Support,
 )
+from .transfers import to_accelerator
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Tensor:
@@ -21,8 +22,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Te
 
     query `[queries, heads, head_dim]`, key and value `[keys, kv_heads, head_dim]`; the last query
     stands at the last key's position. Head h reads KV head h // (heads / kv_heads). Softcap
-    squeezes scores to c * tanh(score / c) (Gemma 2, 2024, section 2). fp32 throughout; returns
-    `[queries, heads, head_dim]` in fp32.
+    squeezes scores to c * tanh(score / c) (Gemma 2, 2024, section 2); then ALiBi lowers them by
+    slope * distance (Press et al. 2022, section 3). fp32 throughout; returns `[queries, heads,
+    head_dim]` in fp32.
     """
     group = spec.num_heads // spec.num_kv_heads
     key = key.float().repeat_interleave(group, dim=1)  # [keys, heads, head_dim]
@@ -30,6 +32,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec) -> Te
     scores = torch.einsum("qhd,khd->hqk", query.float(), key) * spec.scale
     if spec.softcap:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if spec.alibi_slopes:
+        slopes = to_accelerator(torch.tensor(spec.alibi_slopes).view(-1, 1, 1), query.device)
+        scores -= slopes * distances(len(query), len(key), query.device).abs()
     seen = visible(len(query), len(key), spec, query.device)
     scores = scores.masked_fill(~seen, float("-inf"))
     return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), value)
@@ -39,10 +44,15 @@ def visible(queries: int, keys: int, spec: AttentionSpec, device: torch.device) 
     """bool `[queries, keys]`: which keys each query sees."""
     if not spec.causal:
         return torch.ones(queries, keys, dtype=torch.bool, device=device)
-    query_at = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
-    distance = query_at - torch.arange(keys, device=device)
+    distance = distances(queries, keys, device)
     seen = distance >= 0
     return seen if spec.sliding_window is None else seen & (distance < spec.sliding_window)
+
+
+def distances(queries: int, keys: int, device: torch.device) -> Tensor:
+    """int64 `[queries, keys]`: how many positions each query stands behind each key."""
+    query_at = torch.arange(keys - queries, keys, device=device).unsqueeze(1)
+    return query_at - torch.arange(keys, device=device)
 
 
 def quantize_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:

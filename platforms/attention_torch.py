@@ -36,7 +36,10 @@ class TorchPagedAttention(AttentionImpl):
         if spec.num_heads % spec.num_kv_heads:
             return Support.no(f"{spec.num_heads} heads over {spec.num_kv_heads} KV heads")
         if not spec.kv_dtype.is_floating_point:
-            return Support.no("it keeps no quantized cache")
+            return Support.no(
+                f"it keeps no quantized cache ({spec.kv_dtype}): torch's attention reads "
+                "floating-point keys and values only"
+            )
         return Support.yes("padded torch calls")
 
     def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
@@ -103,7 +106,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, grou
     """query `[batch * queries, heads, head_dim]` -> `[batch, queries, heads, head_dim]`, in fp32 or
     the query's dtype."""
     query = query.view(group.batch, group.queries, spec.num_heads, spec.head_dim)
-    if group.queries == 1 and not spec.softcap and _widens_itself(query, key):
+    plain = not spec.softcap and not spec.alibi_slopes  # whose distances 16 bits do not hold
+    if group.queries == 1 and plain and _widens_itself(query, key):
         return _by_heads(query, key, value, spec, group)
     by = _by_products if group.folded else _by_fused_call
     return by(query.float(), key.float(), value.float(), spec, group)
@@ -142,7 +146,7 @@ def _by_fused_call(
         query.transpose(1, 2),
         key.view(split).repeat_interleave(heads, dim=1),
         value.view(split).repeat_interleave(heads, dim=1),
-        attn_mask=group.mask,
+        attn_mask=_added(group),
         is_causal=group.causal,
         scale=spec.scale,
     ).transpose(1, 2)
@@ -158,8 +162,17 @@ def _by_products(
     scores = torch.bmm(folded, key.transpose(1, 2)).mul_(spec.scale)
     if spec.softcap:
         scores = scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
-    if group.mask is not None:
-        scores.view(batch, kv_heads * heads, queries, group.keys).add_(group.mask)
+    if (added := _added(group)) is not None:
+        scores.view(batch, kv_heads * heads, queries, group.keys).add_(added)
     found = torch.bmm(scores.softmax(dim=-1), value)
     found = found.view(batch, kv_heads, heads, queries, spec.head_dim).permute(0, 3, 1, 2, 4)
     return found.reshape(query.shape)
+
+
+def _added(group: Group) -> Tensor | None:
+    """What is added to the scores, `[batch, 1 or heads, queries, keys]`; None: nothing."""
+    if group.alibi is None:
+        return group.mask
+    slopes, distances = group.alibi
+    lower = distances * -slopes
+    return lower if group.mask is None else lower.add_(group.mask)

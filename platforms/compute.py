@@ -83,6 +83,13 @@ class AttentionSpec:
     """One layer's attention. `scale` multiplies q·k; `sliding_window` counts the keys a query
     sees, itself included (None: all); `softcap` 0 is none. `kv_dtype` int8 is a quantized cache,
     whose scales are the implementation's own matter: `block_bytes` and the regions hold them too.
+
+    `alibi_slopes`, one a query head (of this rank's heads, where ranks share them; (): none): a
+    score is lowered by slope * |query position - key position| (ALiBi, Press et al. 2022, section
+    3), after the softcap and between any two positions, as FlashAttention 2 has it
+    (`csrc/flash_attn/src/mask.h`). ValueError where they are not as many as the heads.
+
+    What an implementation does not compute, it refuses by `supports`; it never leaves it out.
     """
 
     num_heads: int
@@ -95,6 +102,14 @@ class AttentionSpec:
     causal: bool = True
     sliding_window: int | None = None
     softcap: float = 0.0
+    alibi_slopes: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.alibi_slopes) not in (0, self.num_heads):
+            raise ValueError(
+                f"{len(self.alibi_slopes)} ALiBi slopes for {self.num_heads} heads: give each head "
+                "of this rank one, or none at all."
+            )
 
 
 @dataclass(slots=True)

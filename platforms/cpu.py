@@ -51,7 +51,7 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 class CpuPlatform(Platform):
     name = "cpu"
     vendor = "x86"
-    api = ApiRange((0, 3), (0, 3))
+    api = ApiRange((0, 4), (0, 4))
 
     _binding: Binding | None = None  # of the engine that it serves
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -111,7 +112,8 @@ class NativeAttention(AttentionImpl):
     ) -> None:
         """Complete a call of `attention` but for its plan: `input[2]` is the plan's address, or
         null for the plan of cache group `group` among those that are given to the run."""
-        call.input[:3] = query.address, kv.tensors[0].data_ptr(), None
+        slopes = _slopes(spec.alibi_slopes).ctypes.data if spec.alibi_slopes else None
+        call.input[:4] = query.address, kv.tensors[0].data_ptr(), None, slopes
         call.output[0] = out.address
         call.n[:10] = (
             *(spec.num_kv_heads, spec.head_dim, spec.block_size, spec.num_heads),
@@ -164,6 +166,12 @@ def _refusal(spec: AttentionSpec) -> str:
 def _window(spec: AttentionSpec) -> int:
     """Keys that a query sees; 0: all."""
     return (spec.sliding_window or 0) if spec.causal else 0
+
+
+@functools.cache
+def _slopes(slopes: tuple[float, ...]) -> NDArray[np.float32]:
+    """As the kernel reads them; kept, because compiled steps hold the address."""
+    return np.array(slopes, dtype=np.float32)
 
 
 def _rows(tensor: Tensor) -> Tensor:

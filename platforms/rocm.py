@@ -14,7 +14,7 @@ from .visible import read_visibility
 class RocmPlatform(GpuPlatform):
     name = "rocm"
     vendor = "amd"
-    api = ApiRange((0, 3), (0, 3))
+    api = ApiRange((0, 4), (0, 4))
     vendor_facts = Vendor("AMD", "ROCm", ROCM_INDEXES)
     architectures = AMD
     models = AMD_CARDS

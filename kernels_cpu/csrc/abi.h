@@ -11,7 +11,7 @@ namespace trimaran {
 
 // Raised with every change of `Call`, of what a kernel's arguments mean, or of a packed layout:
 // Python refuses a library of another version. `VERSION` in kernels_cpu/library.py.
-constexpr int32_t VERSION = 1;
+constexpr int32_t VERSION = 2;
 
 // Python learns names and numbers from the library itself.
 enum class Kernel : int32_t {

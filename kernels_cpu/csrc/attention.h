@@ -47,6 +47,7 @@ struct Layer {
     bool causal;
     float scale, softcap;
     const void* cache;
+    const float* slopes;  // of ALiBi, one a head; null: none
 };
 
 // Where online softmax stands: for each row the weighted sum of values [D], the largest score and
@@ -298,16 +299,28 @@ INLINE vi lanes_from(int64_t first) {
     return lanes;
 }
 
+// What a row's scores are lowered by: a slope for each position between a column's key and the
+// query, which stands at column `query`.
+struct Alibi {
+    float slope;
+    int64_t query;
+};
+INLINE vf lowered(vf scores, const Alibi& alibi, int64_t column) {
+    const vf distance = __builtin_convertvector(lanes_from(column - alibi.query), vf);
+    return fma(splat(-alibi.slope), max(distance, -distance), scores);
+}
+
 // Scores of one row -> weights, the row's state moved on. `seen`: the columns that the row sees.
 template <bool quantized, class A>
 INLINE void soften_row(const Layer& layer, const Room<A>& room, int64_t row, int64_t width, Range seen,
-                       const State& state) {
+                       const Alibi& alibi, const State& state) {
     float* scores = room.scores + row * LD_SCORES;
     vf top = splat(NEVER);
     for (int64_t c = 0; c < width; c += W) {
         vf x = load(scores + c) * layer.scale;
         if constexpr (quantized) x *= load(room.key_scale + c);
         if (layer.softcap != 0) x = layer.softcap * vtanh(x / layer.softcap);
+        if (alibi.slope != 0) x = lowered(x, alibi, c);
         if (c < seen.begin || c + W > seen.end) {
             const vi column = lanes_from(c);
             const vi inside = (column >= (int32_t)seen.begin) & (column < (int32_t)seen.end);
@@ -344,7 +357,9 @@ static void soften(const Work<A>& work, const Chunk& chunk, const State& state) 
         Range seen{0, chunk.to - chunk.from};
         if (layer.causal) seen.end = min(seen.end, position + 1 - chunk.from);
         if (layer.window) seen.begin = max(0, position + 1 - layer.window - chunk.from);
-        soften_row<QUANTIZED<C>>(layer, work.room, row, width, seen, state);
+        Alibi alibi{0, position - chunk.from};
+        if (layer.slopes) alibi.slope = layer.slopes[work.head * layer.group + row % layer.group];
+        soften_row<QUANTIZED<C>>(layer, work.room, row, width, seen, alibi, state);
     }
 }
 
@@ -473,12 +488,13 @@ static void run_merges(const Call& call, const Team& team, const Layer& layer, c
 }
 
 // in: queries [rows, heads, D] of `element`, the cache, a plan (null: that of cache group n[9], from
-// the run). out: [rows, heads, D]; rows that no query of the plan has are left alone. n: kv_heads,
+// the run), the slopes of ALiBi [heads] in f32 (null: none). out: [rows, heads, D]; rows that no query of the plan has are left alone. n: kv_heads,
 // D, block size, heads, window (0: none), causal, row stride of the queries, of out, the cache's
 // element, cache group. f: scale, softcap (0: none).
 static void attention(const Call& call, const Team& team) {
     const int64_t* n = call.n;
-    const Layer layer{{n[0], n[1], n[2]}, n[3] / n[0], n[4], n[5] != 0, call.f[0], call.f[1], call.in[1]};
+    const Layer layer{{n[0], n[1], n[2]}, n[3] / n[0], n[4], n[5] != 0, call.f[0], call.f[1], call.in[1],
+                      (const float*)call.in[3]};
     const PlanHeader& plan = *(const PlanHeader*)(call.in[2] ? call.in[2] : team.run->plans[n[9]]);
     with_element(call.element, [&](auto* of_type) {
         using X = typename Bare<decltype(of_type)>::type;

@@ -35,6 +35,13 @@ class NoSoftcap(ReferenceAttention):
         return super().run(query, kv, dataclasses.replace(spec, softcap=0.0), metadata)
 
 
+class NoAlibi(ReferenceAttention):
+    """ALiBi is claimed, and ignored."""
+
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Any) -> Tensor:
+        return super().run(query, kv, dataclasses.replace(spec, alibi_slopes=()), metadata)
+
+
 class HeadsInterleaved(ReferenceAttention):
     """Head h reads KV head h % kv_heads, not h // (heads / kv_heads)."""
 

@@ -127,7 +127,11 @@ def test_ops_agree_with_their_references(device: Device, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("extra", [{}, {"sliding_window": 20}, {"softcap": 3.0}])
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"sliding_window": 20}, {"softcap": 3.0}, {"alibi_slopes": (0.5, 0.25, 0.125, 0.0625)}],
+    ids=str,
+)
 def test_attention_agrees_with_the_reference(
     device: Device, dtype: torch.dtype, extra: dict[str, Any]
 ) -> None:

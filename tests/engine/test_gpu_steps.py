@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -98,11 +99,21 @@ def test_reading_a_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("impl", [TorchPagedAttention(), ReferenceAttention()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("extra", [{}, {"sliding_window": 9}, {"softcap": 3.0}, {"causal": False}])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"sliding_window": 9},
+        {"softcap": 3.0},
+        {"causal": False},
+        {"alibi_slopes": (0.5, 0.25, 0.125, 0.0625)},
+    ],
+    ids=str,
+)
 def test_attention_stays_on_the_device(
-    monkeypatch: pytest.MonkeyPatch, impl: AttentionImpl, dtype: torch.dtype, extra: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, impl: AttentionImpl, dtype: torch.dtype, extra: dict[str, Any]
 ) -> None:
-    spec = AttentionSpec(4, 2, 16, 0.25, dtype, dtype, 16, **extra)  # type: ignore[arg-type]
+    spec = AttentionSpec(4, 2, 16, 0.25, dtype, dtype, 16, **extra)
     with fake_tensors(monkeypatch):
         device = FakeTensorGpu().open()
         kv = impl.alloc(device, spec, 40)

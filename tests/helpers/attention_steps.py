@@ -21,6 +21,8 @@ BASE = AttentionSpec(
     kv_dtype=torch.float32,
     block_size=16,
 )
+SLOPES = (0.25, -0.01, 0.0, 2**-8)
+"""As trained models have them and as none has: rising with the distance, and none."""
 SPECS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_kv_heads": 4},
@@ -36,6 +38,15 @@ SPECS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 3.0},
     "softcap window": {"softcap": 3.0, "sliding_window": 20},
     "not causal": {"causal": False},
+    "alibi": {"alibi_slopes": SLOPES},
+    "alibi mqa": {"alibi_slopes": SLOPES, "num_kv_heads": 1},
+    "alibi softcap window": {"alibi_slopes": SLOPES, "softcap": 3.0, "sliding_window": 20},
+    "alibi not causal": {"alibi_slopes": SLOPES, "causal": False},
+    "alibi bfloat16": {
+        "alibi_slopes": SLOPES,
+        "dtype": torch.bfloat16,
+        "kv_dtype": torch.bfloat16,
+    },
     "bfloat16": {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16},
     "bfloat16 window": {
         "dtype": torch.bfloat16,

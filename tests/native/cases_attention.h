@@ -77,7 +77,7 @@ struct Batch {
     std::vector<Sequence> sequences;
     int64_t window;
     bool causal, split;  // split: long tiles are cut, and merged
-    float softcap;
+    float softcap, slope;  // slope: of ALiBi, in the first head; 0: there is none
 };
 
 // The plan of a batch; what it points to is kept by the case.
@@ -152,13 +152,21 @@ inline Memory cache_of(Element element, const Cached& layer, const Batch& batch,
     return std::move(outputs_of(one, AVX2, 1)[0]);
 }
 
+// A geometric sequence (Press et al. 2022, section 3).
+inline Memory slopes_of(int64_t heads, float first) {
+    Memory slopes(heads * 4);
+    for (int64_t head = 0; head < heads; head++, first /= 2) ((float*)slopes.at())[head] = first;
+    return slopes;
+}
+
 inline std::vector<Case> attention(int kernel) {
     const Batch batches[] = {
-        {{{1, 1}, {1, 17}, {1, 130}}, 0, true, false, 0},
-        {{{5, 5}, {40, 70}, {1, 33}}, 0, true, false, 0},
-        {{{1, 1100}, {3, 700}}, 0, true, true, 0},
-        {{{20, 600}, {1, 64}}, 40, true, true, 30},
-        {{{7, 7}, {30, 30}}, 0, false, false, 0},
+        {{{1, 1}, {1, 17}, {1, 130}}, 0, true, false, 0, 0},
+        {{{7, 40}, {1, 600}}, 0, true, true, 0, 0},
+        {{{5, 5}, {40, 70}, {1, 33}}, 0, true, false, 0, 0.25f},
+        {{{1, 1100}, {3, 700}}, 0, true, true, 0, 0.0625f},
+        {{{20, 600}, {1, 64}}, 40, true, true, 30, 0.5f},
+        {{{7, 7}, {30, 30}}, 0, false, false, 0, 0.125f},
     };
     std::vector<Case> cases;
     Random random(16);
@@ -173,6 +181,7 @@ inline std::vector<Case> attention(int kernel) {
                 one.in(0, numbers(element, span(rows, width), random));
                 one.in(1, cache_of(element, layer, batch, random));
                 one.in(2, Planner(one, layer, batch).plan());
+                if (batch.slope != 0) one.in(3, slopes_of(layer.heads, batch.slope));
                 one.sizes({layer.kv_heads, layer.dim, layer.size, layer.heads, batch.window,
                            batch.causal, width + GAP, width + GAP, (int64_t)layer.kept, 0});
                 one.call.f[0] = 1 / std::sqrt((float)layer.dim);

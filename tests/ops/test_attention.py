@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +13,10 @@ from helpers.attention_steps import BASE, SPECS, STEPS, check, outcome, run_step
 
 from trimaran.conformance.paged import Program, random_actions
 from trimaran.platforms import attention_plan, attention_torch
-from trimaran.platforms.attention_reference import ReferenceAttention, quantize_vectors
+from trimaran.platforms.attention_reference import ReferenceAttention, attend, quantize_vectors
 from trimaran.platforms.attention_torch import TorchPagedAttention
 from trimaran.platforms.host_device import HostDevice
-from trimaran.platforms.interface import AttentionBatch, AttentionImpl
+from trimaran.platforms.interface import AttentionBatch, AttentionImpl, AttentionSpec
 
 IMPLEMENTATIONS: list[type[AttentionImpl]] = [TorchPagedAttention, ReferenceAttention]
 
@@ -32,7 +33,7 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("onednn", [True, False], ids=["onednn bf16", "no onednn bf16"])
-@pytest.mark.parametrize("name", ["bfloat16", "bfloat16 window"])
+@pytest.mark.parametrize("name", ["bfloat16", "bfloat16 window", "alibi bfloat16"])
 def test_decode_in_bfloat16_by_either_road(
     name: str, onednn: bool, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,7 +56,9 @@ def test_one_step_of_the_reference(name: str) -> None:
 
 
 @pytest.mark.usefixtures("small_groups")
-@pytest.mark.parametrize("name", ["gqa", "window", "softcap window", "bfloat16", "not causal"])
+@pytest.mark.parametrize(
+    "name", ["gqa", "window", "softcap window", "bfloat16", "not causal", "alibi"]
+)
 def test_steps_cut_into_small_groups(name: str) -> None:
     spec = spec_of(name)
     for step in STEPS.values():
@@ -63,7 +66,7 @@ def test_steps_cut_into_small_groups(name: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["gqa", "window odd block", "bfloat16 window"])
+@pytest.mark.parametrize("name", ["gqa", "window odd block", "bfloat16 window", "alibi"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_random_programs(implementation: type[AttentionImpl], name: str, seed: int) -> None:
     """Sequences come, grow by chunks and tokens, and go; their blocks are used again, stale."""
@@ -133,6 +136,35 @@ def test_blocks_of_an_int8_cache_travel_as_fp32() -> None:
     impl.import_blocks(other, INT8, torch.tensor([7, 2, 5]), canonical.nan_to_num())
     again = impl.export_blocks(other, INT8, torch.tensor([7, 2, 5]))
     torch.testing.assert_close(again, canonical.nan_to_num(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_alibi_lowers_each_score_by_slope_times_distance(causal: bool) -> None:
+    """Score by score, as Press et al. 2022 (section 3) write it; the softcap comes before."""
+    slopes, cap = (0.5, 2**-4), 2.0
+    spec = AttentionSpec(
+        *(2, 1, 8, 0.3, torch.float32, torch.float32, 16),
+        causal=causal,
+        softcap=cap,
+        alibi_slopes=slopes,
+    )
+    query, key, value = torch.randn(3, 2, 8), torch.randn(5, 1, 8), torch.randn(5, 1, 8)
+    for head, slope in enumerate(slopes):
+        for at in range(3):
+            position = at + 2
+            keys = range(position + 1 if causal else 5)
+            scores = [
+                cap * math.tanh(0.3 * float(query[at, head] @ key[j, 0]) / cap)
+                - slope * abs(position - j)
+                for j in keys
+            ]
+            expected = torch.tensor(scores).softmax(0) @ value[: len(keys), 0]
+            torch.testing.assert_close(attend(query, key, value, spec)[at, head], expected)
+
+
+def test_each_head_has_a_slope_or_none_has() -> None:
+    with pytest.raises(ValueError, match="3 ALiBi slopes for 4 heads"):
+        dataclasses.replace(BASE, alibi_slopes=(0.5, 0.25, 0.125))
 
 
 def test_padded_torch_calls_refuse_a_quantized_cache() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.attention_steps import BASE, SPECS, STEPS, check, outcome, run_step
+from helpers.attention_steps import BASE, SLOPES, SPECS, STEPS, check, outcome, run_step
 from torch import Tensor
 
 from trimaran.conformance.paged import Program, random_actions
@@ -32,6 +32,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "int8 bfloat16": {**INT8, "dtype": torch.bfloat16},
     "int8 window": {**INT8, "sliding_window": 20},
     "int8 mqa": {**INT8, "num_kv_heads": 1, "block_size": 32},
+    "int8 alibi window": {**INT8, "alibi_slopes": SLOPES, "sliding_window": 20},
+    "float16 alibi": {**SPECS["float16"], "alibi_slopes": SLOPES},
     "wide cache": {"dtype": torch.bfloat16},
     "not causal window": {"causal": False, "sliding_window": 5},
 }
@@ -85,11 +87,15 @@ def test_borders(block_size: int, changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize("heads", [1, 3, 5, 7, 12, 71, 256])
 def test_heads_that_share_a_kv_head(heads: int) -> None:
     spec = changed(num_heads=heads, num_kv_heads=1, head_dim=32)
-    check(spec, *run_step(spec, IMPL, [(1, 40), (3, 50), (30, 30)]))
+    sloped = dataclasses.replace(spec, alibi_slopes=tuple(2 ** (-i / 8) for i in range(heads)))
+    for one in (spec, sloped):
+        check(one, *run_step(one, IMPL, [(1, 40), (3, 50), (30, 30)]))
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("name", ["gqa", "window", "bfloat16 window", "int8 window", "int8 mqa"])
+@pytest.mark.parametrize(
+    "name", ["gqa", "window", "bfloat16 window", "int8 window", "int8 mqa", "alibi"]
+)
 def test_random_programs(name: str, seed: int) -> None:
     """Sequences come, grow by chunks and tokens, and go; their blocks are used again, stale: what
     was not written is NaN."""
@@ -116,7 +122,9 @@ def test_a_prefix_that_sequences_share() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("name", ["mqa", "bfloat16", "float16", "int8 mqa", "softcap window"])
+@pytest.mark.parametrize(
+    "name", ["mqa", "bfloat16", "float16", "int8 mqa", "softcap window", "alibi"]
+)
 @pytest.mark.parametrize(
     "work", [[(1, 1500)], [(1, 1300), (1, 20), (3, 600)], [(100, 1200), (1, 513)]], ids=str
 )
@@ -155,11 +163,13 @@ class Layer:
         return IMPL.run(self.query[begin:end], self.kv, self.spec, IMPL.plan(self.spec, batch))
 
 
-@pytest.mark.parametrize("name", ["gqa", "bfloat16", "int8", "window", "mqa", "head 80"])
+@pytest.mark.parametrize(
+    "name", ["gqa", "bfloat16", "int8", "window", "mqa", "head 80", "alibi", "alibi bfloat16"]
+)
 def test_a_row_does_not_depend_on_the_chunk_it_is_computed_in(name: str) -> None:
     layer = Layer(changed(**CHANGES[name]), 1100)
     whole = layer.attend(0, 1100)
-    tiles = name == "bfloat16" and library().isa == "amx"  # they sum pairs in an order of their own
+    tiles = "bfloat16" in name and library().isa == "amx"  # they sum pairs in an order of their own
     tolerance = 3e-2 if tiles else 0
     for begin, end in ((0, 1), (3, 5), (100, 161), (511, 513), (700, 1100), (1099, 1100)):
         found, expected = layer.attend(begin, end), whole[begin:end]

@@ -17,7 +17,8 @@ class AcmeAttention(tri.AttentionImpl):
     layout = "acme"
 
     def supports(self, spec: tri.AttentionSpec) -> tri.Support:
-        return tri.Support.yes() if spec.causal else tri.Support.no("causal attention only")
+        known = spec.causal and not spec.alibi_slopes
+        return tri.Support.yes() if known else tri.Support.no("causal attention without ALiBi")
 
     def alloc(self, device: tri.Device, spec: tri.AttentionSpec, num_blocks: int) -> tri.LayerKV:
         shape = (num_blocks, spec.block_size, 2, spec.num_kv_heads, spec.head_dim)
