@@ -21,6 +21,11 @@ namespace trimaran::ISA {
 constexpr int64_t TILE_ROWS = 16;
 constexpr int64_t TILE_BYTES = 64;  // of a row
 
+// How often a thread configured tiles: what a test knows by that they were used.
+extern int64_t tile_uses;
+int64_t tile_uses;
+INLINE void count_use() { __atomic_fetch_add(&tile_uses, 1, __ATOMIC_RELAXED); }
+
 #ifdef TRIMARAN_EMULATED
 
 struct Tiles {
@@ -35,6 +40,7 @@ INLINE uint8_t (&tile_at(int index))[TILE_ROWS][TILE_BYTES] {
 }
 INLINE void tile_configure() {
     if (tiles.configured) __builtin_trap();
+    count_use();
     __builtin_memset(tiles.byte, 0xff, sizeof tiles.byte);
     tiles.configured = true;
 }
@@ -98,7 +104,10 @@ struct TileConfiguration {
 alignas(64) static constexpr TileConfiguration TILE_CONFIGURATION;
 static_assert(sizeof(TileConfiguration) == 64);
 
-INLINE void tile_configure() { __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIGURATION) : "memory"); }
+INLINE void tile_configure() {
+    count_use();
+    __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIGURATION) : "memory");
+}
 INLINE void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
 template <int T>
 INLINE void tile_zero() {

@@ -20,15 +20,21 @@ constexpr int64_t TILE_BLOCK_BYTES = 5ll << 18;   // of A
 constexpr int64_t TILE_STEP = 32;                 // of K, that one product of tiles takes
 constexpr int64_t STEP_ELEMENTS = TILE_STEP * PANEL;
 constexpr int64_t PANEL_STRIDE = PANEL * 4;       // bytes of a row of pairs, and of a row of sums
-constexpr int64_t TILE_SUMS = TILE_ROWS * PANEL;  // floats of one tile of rows
+constexpr int64_t TILE_SUMS = TILE_ROWS * PANEL;  // of one tile of rows
 
-// c [TILES][16][PANEL] = (with `add`, +=) 16 rows at each of `a`, times `steps` steps of a panel.
-// Meanwhile what follows `ahead` comes to the L2 cache, `lines` cache lines a step.
-template <int TILES>
-static void multiply_tiles(const bf16* const* a, int64_t lda, const bf16* b, int64_t steps, float* c,
-                           bool add, const char* ahead, int64_t lines) {
-    constexpr int64_t HALF = PANEL_STRIDE / 2;
-    float* lower = c + TILE_SUMS;
+template <int C, int A, int B>
+INLINE void tile_dot(const bf16*) { tile_dot_bf16<C, A, B>(); }
+template <int C, int A, int B>
+INLINE void tile_dot(const int8_t*) { tile_dot_s8<C, A, B>(); }
+
+// c [TILES][16][PANEL] = (with `add`, +=) 16 rows at each of `a`, times `steps` steps of a panel:
+// bf16 with float sums, int8 with integers. Meanwhile what follows `ahead` comes to the L2 cache,
+// `lines` cache lines a step.
+template <int TILES, class T, class Sum>
+static void multiply_tiles(const T* const* a, int64_t lda, const T* b, int64_t steps, Sum* c, bool add,
+                           const char* ahead, int64_t lines) {
+    constexpr int64_t HALF = PANEL_STRIDE / 2, DEPTH = TILE_BYTES / sizeof(T);
+    Sum* lower = c + TILE_SUMS;
     if (add) {
         tile_load<0>(c, PANEL_STRIDE), tile_load<1>((char*)c + HALF, PANEL_STRIDE);
         if (TILES == 2)
@@ -37,17 +43,17 @@ static void multiply_tiles(const bf16* const* a, int64_t lda, const bf16* b, int
         tile_zero<0>(), tile_zero<1>();
         if (TILES == 2) tile_zero<2>(), tile_zero<3>();
     }
-    for (int64_t step = 0; step < steps; step++, b += STEP_ELEMENTS) {
+    for (int64_t step = 0; step < steps; step++, b += DEPTH * PANEL) {
         for (int64_t line = 0; line < lines; line++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         tile_load<6>(b, PANEL_STRIDE);
-        tile_load<4>(a[0] + step * TILE_STEP, lda * 2);
-        tile_dot_bf16<0, 4, 6>();
+        tile_load<4>(a[0] + step * DEPTH, lda * sizeof(T));
+        tile_dot<0, 4, 6>(b);
         tile_load<7>((const char*)b + HALF, PANEL_STRIDE);
-        tile_dot_bf16<1, 4, 7>();
+        tile_dot<1, 4, 7>(b);
         if (TILES == 2) {
-            tile_load<5>(a[1] + step * TILE_STEP, lda * 2);
-            tile_dot_bf16<2, 5, 6>();
-            tile_dot_bf16<3, 5, 7>();
+            tile_load<5>(a[1] + step * DEPTH, lda * sizeof(T));
+            tile_dot<2, 5, 6>(b);
+            tile_dot<3, 5, 7>(b);
         }
     }
     tile_store<0>(c, PANEL_STRIDE), tile_store<1>((char*)c + HALF, PANEL_STRIDE);
@@ -120,7 +126,8 @@ INLINE void tiles_by_panel(const TileRows& rows, const bf16* panel, int64_t k_si
             const bf16* a[2] = {};
             for (int i = 0; i <= both; i++) a[i] = rows.a + rows.first_of(tile + i) * rows.lda + k;
             float* c = scratch.sums + (whole ? 0 : tile * TILE_SUMS);
-            const auto multiply = both ? multiply_tiles<2> : multiply_tiles<1>;
+            const auto multiply =
+                both ? multiply_tiles<2, bf16, float> : multiply_tiles<1, bf16, float>;
             multiply(a, rows.lda, panel + k * PANEL, steps, c, k > 0, ahead, lines);
             if (k + size < k_size) continue;
             if (left) {

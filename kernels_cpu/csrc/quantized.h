@@ -1,303 +1,12 @@
 // Linear layers with weights in 8 and 4 bits, multiplied as integers.
-//
-// The activations of each token are rounded to int8 first, code = x / scale, scale = max|x| / 127,
-// so that products are summed exactly: results are the same for every instruction set, number of
-// threads and batch. A token that holds a NaN or an infinity has a scale of NaN.
-//
-// Codes lie in panels of PANEL outputs by quads of four inputs, the order that dpbusd and AMX read:
-// int8 as [N / PANEL][K / 4][PANEL][4], K filled up to a multiple of DEPTH; int4 two quads in a
-// byte, [N / PANEL][K / 8][PANEL][4], the first in its low half. What belongs to an output or a
-// group of them lies apart, in the same order. The layout is the same for every instruction set.
 #pragma once
+#include "codes.h"
 #include "linear.h"
+#ifdef TRIMARAN_AMX
+#include "quantized_tiles.h"
+#endif
 
 namespace trimaran::ISA {
-
-constexpr int64_t QUAD = 4;
-constexpr int64_t FAR_AHEAD = 2048;  // bytes that codes are fetched ahead
-constexpr int64_t DEPTH = 64;  // inputs that an AMX tile of int8 has
-
-// ---------------------------------------------------------------------------------------------
-// Packing
-// ---------------------------------------------------------------------------------------------
-
-INLINE int32_t sum_of(const int8_t* codes, int64_t size) {
-    vf total = zero();
-    int64_t k = 0;
-    for (; k + W <= size; k += W) total += load(codes + k);
-    if (k < size) total += load_part(codes + k, size - k);
-    return (int32_t)sum(total);  // exact: below 2^24
-}
-
-static void pack_int8_panel(const int8_t* codes, int64_t stride, int64_t filled, int64_t k_size,
-                            int8_t* packed) {
-    const int64_t quads = k_size / QUAD, left = k_size % QUAD;
-    if (filled < PANEL || k_size % DEPTH) __builtin_memset(packed, 0, up(k_size, DEPTH) * PANEL);
-    for (int64_t q = 0; q < quads; q++)
-        for (int64_t n = 0; n < filled; n++)
-            __builtin_memcpy(packed + (q * PANEL + n) * QUAD, codes + n * stride + q * QUAD, QUAD);
-    for (int64_t n = 0; left && n < filled; n++)
-        __builtin_memcpy(packed + (quads * PANEL + n) * QUAD, codes + n * stride + quads * QUAD, left);
-}
-
-// in: codes [N, K], rows n[2] elements apart. out: packed codes; for each output, edges filled up,
-// -128 times the sum of its codes. n: N, K, row stride.
-static void pack_int8(const Call& call, const Team& team) {
-    const int64_t n_size = call.n[0], k_size = call.n[1], stride = call.n[2];
-    const Range panels = part_of(up(n_size, PANEL) / PANEL, team.thread, team.num_threads);
-    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-        const int64_t first = panel * PANEL, filled = min(PANEL, n_size - first);
-        const int8_t* codes = (const int8_t*)call.in[0] + first * stride;
-        pack_int8_panel(codes, stride, filled, k_size,
-                        (int8_t*)call.out[0] + first * up(k_size, DEPTH));
-        int32_t* correction = (int32_t*)call.out[1] + first;
-        for (int64_t n = 0; n < PANEL; n++)
-            correction[n] = n < filled ? -128 * sum_of(codes + n * stride, k_size) : 0;
-    }
-}
-
-// in: codes [N, K] in 0..15, one a byte, rows n[2] elements apart. out: packed codes. n: N, K, a
-// multiple of 8, row stride.
-static void pack_int4(const Call& call, const Team& team) {
-    const int64_t n_size = call.n[0], k_size = call.n[1], stride = call.n[2];
-    const Range panels = part_of(up(n_size, PANEL) / PANEL, team.thread, team.num_threads);
-    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-        const int64_t first = panel * PANEL, filled = min(PANEL, n_size - first);
-        const uint8_t* codes = (const uint8_t*)call.in[0] + first * stride;
-        uint8_t* packed = (uint8_t*)call.out[0] + first * k_size / 2;
-        for (int64_t k = 0; k < k_size; k += 2 * QUAD)
-            for (int64_t n = 0; n < PANEL; n++, packed += QUAD) {
-                uint32_t quads[2] = {};
-                if (n < filled) __builtin_memcpy(quads, codes + n * stride + k, sizeof quads);
-                quads[0] |= quads[1] << 4;
-                __builtin_memcpy(packed, quads, QUAD);
-            }
-    }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Activations
-// ---------------------------------------------------------------------------------------------
-
-// A tile of `height` tokens in int8 by quads, [K / 4][height][4]; the scale of each; and where
-// weights have groups of inputs, the sum of its codes in each group, [height][groups].
-template <class Code>
-struct Tokens {
-    const Code* codes;
-    const float* scales;
-    const int32_t* sums;
-};
-
-INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
-
-// max|x| / 127, or NaN where not all of x are finite.
-template <class X>
-INLINE float scale_of(const X* x, int64_t size) {
-    vf most = zero(), wrong = zero();  // `wrong`: a sum of zeros, or NaN
-    int64_t k = 0;
-    for (; k + W <= size; k += W) {
-        const vf value = load(x + k);
-        most = max(magnitude(value), most);
-        wrong = fma(value, zero(), wrong);
-    }
-    if (k < size) {
-        const vf value = load_part(x + k, size - k);
-        most = max(magnitude(value), most);
-        wrong = fma(value, zero(), wrong);
-    }
-    return largest(most) / 127.0f + sum(wrong);
-}
-
-// Codes of x with `offset` added, up to `padded`; those of fillings, and of a token that is not
-// finite, are the offset alone. Returns the scale.
-template <class X, class Code>
-static float quantize(const X* x, int64_t size, int64_t padded, int offset, Code* codes) {
-    const float scale = scale_of(x, size);
-    const vf divisor = splat(scale), most = splat(127.0f);
-    const vi none = offset - vi{};
-    int64_t k = 0;
-    if (scale > 0) {
-        const auto codes_of = [=](vf value) __attribute__((always_inline)) {
-            return nearest(max(min(value / divisor, most), -most)) + none;
-        };
-        for (; k + W <= size; k += W) store_narrow(codes + k, codes_of(load(x + k)), Code{});
-        if (k < size)
-            store_narrow(codes + k, codes_of(load_part(x + k, size - k)), Code{}), k += W;
-    }
-    for (; k < padded; k += W) store_narrow(codes + k, none, Code{});
-    return scale;
-}
-
-// ---------------------------------------------------------------------------------------------
-// int8 weights
-// ---------------------------------------------------------------------------------------------
-
-// How quads of a token and of a weight are multiplied. With VNNI as bytes, the token's offset by 128
-// because one of the two has no sign; the corrections take the offset out again. Otherwise as 16-bit
-// integers, whose products are summed in pairs exactly (those of bytes would saturate): then a
-// column has the sums of its even and of its odd pairs side by side.
-#ifdef TRIMARAN_VNNI
-struct Int8 {
-    using Code = uint8_t;
-    static constexpr int OFFSET = 128, PARTS = 1;
-    INLINE vu8 token(const Code* x) { return (vu8)splat4(x); }
-    INLINE vs8 weight(const int8_t* codes) { return (vs8)load_bytes(codes); }
-    INLINE vi add(vi sums, vu8 x, vs8 codes) { return dot_bytes(sums, x, codes); }
-    INLINE vi total(const vi* sums, const int32_t* correction) {
-        return sums[0] + *(const vi_any*)correction;
-    }
-};
-#else
-struct Int8 {
-    using Code = int16_t;
-    static constexpr int OFFSET = 0, PARTS = 2;
-    INLINE vs16 token(const Code* x) { return (vs16)splat8(x); }
-    INLINE vs16 weight(const int8_t* codes) { return load_words(codes); }
-    INLINE vi add(vi sums, vs16 x, vs16 codes) { return sums + multiply_words(x, codes); }
-    INLINE vi total(const vi* sums, const int32_t*) { return add_pairs(sums[0], sums[1]); }
-};
-#endif
-
-// Vectors of W columns that fit the registers with so many sums for each.
-constexpr int vectors_of(int sums) {
-    const int fit = 2 * MAX_ROWS / sums;
-    return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
-}
-
-// Fetches what comes soon after a panel's row of quads in as many columns.
-template <int VECTORS, class T>
-INLINE void fetch_ahead(const T* codes) {
-    UNROLL for (int i = 0; i < VECTORS * W * QUAD; i += 64) __builtin_prefetch(codes + FAR_AHEAD + i);
-}
-
-// c [MR, PANEL] = tokens times a panel of codes.
-struct Int8Weight {
-    using Code = Int8::Code;
-    static constexpr int OFFSET = Int8::OFFSET;
-    static constexpr bool GROUPED = false;
-    const int8_t* codes;
-    const float* scales;
-    const int32_t* corrections;
-    int64_t k_size, group = k_size;
-
-    template <int MR>
-    void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
-        constexpr int NV = vectors_of(MR * Int8::PARTS), P = Int8::PARTS, STEP = W * QUAD / P;
-        for (int64_t at = 0; at < PANEL; at += NV * W) {
-            const int8_t* column = codes + origin * k_size + at * QUAD;
-            const Code* token = x.codes;
-            vi sums[MR][NV * P] = {};
-            for (int64_t k = 0; k < k_size; k += QUAD, column += PANEL * QUAD, token += MR * QUAD) {
-                fetch_ahead<NV>(column);
-                decltype(Int8::weight(column)) weight[NV * P];
-                UNROLL for (int v = 0; v < NV * P; v++) weight[v] = Int8::weight(column + v * STEP);
-                UNROLL for (int m = 0; m < MR; m++) {
-                    const auto factor = Int8::token(token + m * QUAD);
-                    UNROLL for (int v = 0; v < NV * P; v++)
-                        sums[m][v] = Int8::add(sums[m][v], factor, weight[v]);
-                }
-            }
-            UNROLL for (int m = 0; m < MR; m++)
-                UNROLL for (int v = 0; v < NV; v++) {
-                    const int64_t n = at + v * W;
-                    const vi total = Int8::total(&sums[m][v * P], corrections + origin + n);
-                    const vf scale = splat(x.scales[m]) * load(scales + origin + n);
-                    store(c + m * PANEL + n, __builtin_convertvector(total, vf) * scale);
-                }
-        }
-    }
-};
-
-// ---------------------------------------------------------------------------------------------
-// int4 weights
-// ---------------------------------------------------------------------------------------------
-
-// Bytes by bytes, of which the weights' have no sign. Without VNNI eight products of pairs, at most
-// 2 * 15 * 127 each, are summed in 16 bits before they are widened.
-struct Int4 {
-    static constexpr int64_t RUN = 8 * QUAD;
-#ifdef TRIMARAN_VNNI
-    using Sums = vi;
-    INLINE Sums add(Sums sums, vu8 codes, vs8 x) { return dot_bytes(sums, codes, x); }
-    INLINE vi widened(Sums sums) { return sums; }
-#else
-    using Sums = vs16;
-    INLINE Sums add(Sums sums, vu8 codes, vs8 x) { return sums + multiply_bytes(codes, x); }
-    INLINE vi widened(Sums sums) { return multiply_words(sums, vs16{} + 1); }
-#endif
-};
-INLINE vu8 low_halves(const uint8_t* codes) { return load_bytes(codes) & 15; }
-INLINE vu8 high_halves(const uint8_t* codes) { return (vu8)((vu16)load_bytes(codes) >> 4) & 15; }
-
-struct Int4Weight {
-    using Code = int8_t;
-    static constexpr int OFFSET = 0;
-    static constexpr bool GROUPED = true;
-    const uint8_t* codes;
-    const float* scales;   // [N / PANEL][groups][PANEL]
-    const uint8_t* zeros;  // the same
-    int64_t k_size, group;
-
-    // dots += a run of inputs.
-    template <int MR, int NV>
-    INLINE void add_run(const Code* token, const uint8_t* column, vi (&dots)[MR][NV]) {
-        Int4::Sums sums[MR][NV] = {};
-        const auto add_quad = [&](const Code* x, vu8 (&halves)[NV]) __attribute__((always_inline)) {
-            UNROLL for (int m = 0; m < MR; m++) {
-                const vs8 factor = (vs8)splat4(x + m * QUAD);
-                UNROLL for (int v = 0; v < NV; v++) {
-                    sums[m][v] = Int4::add(sums[m][v], halves[v], factor);
-                    in_place(sums[m][v]);
-                }
-            }
-        };
-        UNROLL for (int64_t k = 0; k < Int4::RUN; k += 2 * QUAD, column += PANEL * QUAD) {
-            fetch_ahead<NV>(column);
-            vu8 half[NV];
-            UNROLL for (int v = 0; v < NV; v++) half[v] = low_halves(column + v * W * QUAD);
-            add_quad(token + k * MR, half);
-            UNROLL for (int v = 0; v < NV; v++) half[v] = high_halves(column + v * W * QUAD);
-            add_quad(token + (k + QUAD) * MR, half);
-        }
-        UNROLL for (int m = 0; m < MR; m++)
-            UNROLL for (int v = 0; v < NV; v++) dots[m][v] += Int4::widened(sums[m][v]);
-    }
-
-    template <int MR>
-    void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
-        constexpr int NV = vectors_of(MR);
-        const int64_t groups = k_size / group;
-        for (int64_t at = 0; at < PANEL; at += NV * W) {
-            const uint8_t* column = codes + origin * k_size / 2 + at * QUAD;
-            const Code* token = x.codes;
-            vf y[MR][NV] = {};
-            for (int64_t g = 0; g < groups; g++) {
-                vi dots[MR][NV] = {};
-                for (int64_t k = 0; k < group; k += Int4::RUN) {
-                    add_run(token, column, dots);
-                    token += Int4::RUN * MR;
-                    column += Int4::RUN / 2 * PANEL;
-                }
-                const int64_t place = origin * groups + g * PANEL + at;
-                UNROLL for (int v = 0; v < NV; v++) {
-                    const vi zero = load_integers(zeros + place + v * W);
-                    const vf scale = load(scales + place + v * W);
-                    UNROLL for (int m = 0; m < MR; m++) {
-                        const vi dot = dots[m][v] - zero * x.sums[m * groups + g];
-                        y[m][v] = fma(scale, __builtin_convertvector(dot, vf), y[m][v]);
-                    }
-                }
-            }
-            UNROLL for (int m = 0; m < MR; m++)
-                UNROLL for (int v = 0; v < NV; v++)
-                    store(c + m * PANEL + at + v * W, y[m][v] * x.scales[m]);
-        }
-    }
-};
-
-// ---------------------------------------------------------------------------------------------
-// Linear layers
-// ---------------------------------------------------------------------------------------------
 
 // Runs `body` on tiles of nearly equal height, at most MAX_ROWS; what it is given has the height
 // as its type's `value`.
@@ -342,6 +51,7 @@ struct Block {
         codes = (Code*)(sums + most * groups);
         one = codes + most * k_size;
     }
+    int64_t grain() const { return min(MAX_ROWS, most); }
 
     template <class X>
     void read(const X* x, int64_t x_size, int64_t x_stride, int64_t rows) {
@@ -369,13 +79,13 @@ struct Block {
     }
 };
 
-// n of both linear layers: N, K, row stride of x, row stride of y.
-template <class T, class Weight>
-static void multiply_by_codes(const Call& call, const Team& team, const Weight& weight, const T* bias) {
+// All tokens by all panels; `block`: how. n of both linear layers: N, K, row stride of x, row stride
+// of y.
+template <class T, class Block>
+static void meet_panels(const Call& call, const Team& team, Block& block, const T* bias) {
     const int64_t n_size = call.n[0], k_size = call.n[1], x_stride = call.n[2], y_stride = call.n[3];
-    Block<Weight> block(weight, team.scratch);
     for_blocks(
-        team, rows_of(call, team), block.most, min(MAX_ROWS, block.most), up(n_size, PANEL) / PANEL,
+        team, rows_of(call, team), block.most, block.grain(), up(n_size, PANEL) / PANEL,
         [&](int64_t first, int64_t rows) {
             block.read((const T*)call.in[0] + first * x_stride, k_size, x_stride, rows);
         },
@@ -387,6 +97,18 @@ static void multiply_by_codes(const Call& call, const Team& team, const Weight& 
                 write_row(y + row * y_stride, block.c + row * PANEL, columns,
                           bias ? bias + origin : bias);
         });
+}
+
+template <class T, class Weight>
+static void multiply_by_codes(const Call& call, const Team& team, const Weight& weight, const T* bias) {
+#ifdef TRIMARAN_AMX
+    if (rows_of(call, team) >= tiles_from(weight) && TiledBlock<Weight>::fits(weight)) {
+        TiledBlock<Weight> block(weight, team.scratch);
+        return meet_panels(call, team, block, bias);
+    }
+#endif
+    Block<Weight> block(weight, team.scratch);
+    meet_panels(call, team, block, bias);
 }
 
 // in: x [rows, K] of `element`, packed codes, scales, corrections, bias [N] of `element` or null.

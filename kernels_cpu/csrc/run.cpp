@@ -20,7 +20,10 @@ namespace trimaran {
 namespace avx2 { extern const KernelFn TABLE[]; }
 namespace avx512 { extern const KernelFn TABLE[]; }
 namespace avx512_bf16 { extern const KernelFn TABLE[]; }
-namespace amx { extern const KernelFn TABLE[]; }
+namespace amx {
+extern const KernelFn TABLE[];
+extern int64_t tile_uses;
+}
 
 namespace {
 
@@ -218,6 +221,9 @@ EXPORT int trimaran_emulated() { return EMULATED; }
 EXPORT int64_t trimaran_count(int isa, int kernel) {
     return __atomic_load_n(&counts[isa][kernel], __ATOMIC_RELAXED);
 }
+
+// How often kernels have configured AMX tiles.
+EXPORT int64_t trimaran_tile_uses() { return __atomic_load_n(&amx::tile_uses, __ATOMIC_RELAXED); }
 
 // Runs `count` calls with `run->num_threads` threads and the kernels of `isa`, which must not be
 // above `trimaran_isa()`.

@@ -8,7 +8,12 @@ namespace driver {
 constexpr int64_t DEPTH = 64;
 constexpr Shape CODED[] = {{0, 32, 64},  {1, 1, 64},   {1, 70, 64},   {2, 33, 128},  {4, 96, 512},
                            {5, 64, 64},  {7, 31, 192}, {16, 64, 512}, {17, 40, 576}, {33, 96, 1088},
-                           {50, 32, 64}, {147, 64, 576}};
+                           {50, 32, 64}, {147, 64, 576}, {300, 33, 2080}};
+
+// Inputs that share a scale of int4: parts of a tile of AMX, whole ones, more than a chunk of K.
+inline int64_t group_of(const Shape& shape) {
+    return shape.rows % 3 == 0 ? shape.k : shape.k % 128 == 0 ? 128 : 32;
+}
 
 inline Memory codes(const Shape& shape, int64_t range, int64_t least, Random& random) {
     Memory made(shape.n * shape.k);
@@ -57,7 +62,7 @@ inline void complete(Case& one, Element element, const Shape& shape, Random& ran
     const int64_t x_stride = shape.k + 5, y_stride = shape.n + 1;
     one.in(0, numbers(element, shape.rows ? shape.rows * x_stride - 5 : 0, random, values));
     if (shape.rows % 2) one.in(4, numbers(element, shape.n, random));
-    one.sizes({shape.n, shape.k, x_stride, y_stride, 32});
+    one.sizes({shape.n, shape.k, x_stride, y_stride, group_of(shape)});
     one.out(element, shape.rows ? shape.rows * y_stride - 1 : 0, 0);
 }
 
@@ -92,7 +97,7 @@ inline std::vector<Case> linear_int8(int kernel) {
 inline std::vector<Case> linear_int4(int kernel) {
     Random random(14);
     return products(kernel, {std::begin(CODED), std::end(CODED)}, random, [&](Case& one, const Shape& shape) {
-        const int64_t many = up(shape.n, PANEL) * shape.k / 32;
+        const int64_t many = up(shape.n, PANEL) * shape.k / group_of(shape);
         one.in(1, std::move(outputs_of(packing((int)Kernel::pack_int4, shape, codes(shape, 16, 0, random)),
                                        AVX2, 1)[0]));
         one.in(2, positive(many, random));

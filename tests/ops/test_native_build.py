@@ -187,8 +187,8 @@ def test_tiles_are_configured_from_a_constant_and_multiplied(instructions: list[
     tiles = re.compile("ldtilecfg|tile(load|store|zero|release)|tdp")
     of_tiles = [(name, text) for name, text in instructions if tiles.match(text)]
     assert of_tiles and all("trimaran::amx::" in name for name, _ in of_tiles)
-    assert any(text.startswith("tdpbf16ps") for _, text in of_tiles)
-    assert any(text.startswith("tilerelease") for _, text in of_tiles)
+    for name in ("tdpbf16ps", "tdpbssd", "tilerelease"):
+        assert any(text.startswith(name) for _, text in of_tiles), name
     configured = [text for _, text in of_tiles if text.startswith("ldtilecfg")]
     assert configured and all("trimaran::amx::TILE_CONFIGURATION" in text for text in configured)
 
