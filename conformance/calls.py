@@ -11,6 +11,7 @@ from ..platforms.interface import (
     DENSE,
     INT4,
     INT8,
+    W4A16,
     Device,
     OpImpl,
     OpSignature,
@@ -27,6 +28,7 @@ CANONICAL: Mapping[str, tuple[str, ...]] = {
     DENSE: ("weight",),
     INT8: ("codes", "scales"),
     INT4: ("codes", "scales", "zeros"),
+    W4A16: ("codes", "scales", "zeros"),
 }
 """Format → the names of its canonical tensors, in the order in which cases hold them."""
 

@@ -30,6 +30,10 @@ INT4 = "int4"
 `[out, in]` in 0..15 (one a byte), `scales` fp32 and `zeros` uint8 `[out, in / group]`; a value is
 (code - zero) * scale. Weights quantized at load have groups of `ops.int4_group(in)`."""
 
+W4A16 = "w4a16"
+"""Format of weights in the form of INT4 that are multiplied by activations as they are: a `linear`
+that supports INT4 may round them, one that supports this does not."""
+
 INT4_GROUPS = (128, 64, 32)
 """Inputs in a group of int4 weights quantized at load: the first of these that divides them."""
 

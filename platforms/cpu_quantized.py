@@ -1,7 +1,8 @@
 """Linear layers with weights in 8 and 4 bits by the native kernels, and their packed layouts.
 
-The kernels round each token to int8 as well (W8A8, W4A8), so that all products are of integers and
-their sums exact. A token that holds a NaN or an infinity comes out as NaN.
+The kernels of `int8` and `int4` round each token to int8 as well (W8A8, W4A8), so that all products
+are of integers and their sums exact; a token that holds a NaN or an infinity comes out as NaN. That
+of `w4a16` reads the layout of int4 and multiplies in fp32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from ..kernels_cpu.library import VERSION, Call, library
 from .cpu_dense import PANEL
 from .cpu_native import Operand
 from .host_device import huge_pages
-from .interface import INT4, INT8, PackedWeight, WeightPacker
+from .interface import INT4, INT8, W4A16, PackedWeight, WeightPacker
 from .ops import int4_group
 
 NATIVE_INT8 = "native_int8"
@@ -25,6 +26,8 @@ NATIVE_INT8 = "native_int8"
 the sum of each output's codes; edges are filled up with zeros."""
 NATIVE_INT4 = "native_int4"
 """Format of int4 weights in panels: two codes a byte, scales and zeros of the groups."""
+NATIVE_W4A16 = "native_w4a16"
+"""The same layout, for activations that are not rounded (csrc/quantized_wide.h)."""
 DEPTH = 64
 """Inputs that a panel of int8 is filled up to a multiple of."""
 RUN = 32
@@ -62,6 +65,7 @@ class CpuInt8Packer(WeightPacker):
 class CpuInt4Packer(WeightPacker):
     format = INT4
     layout = f"{NATIVE_INT4}-{VERSION}"
+    _made = NATIVE_INT4
 
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         """Raises ValueError where there are more than MOST_INPUTS inputs, or groups of a size that
@@ -83,11 +87,17 @@ class CpuInt4Packer(WeightPacker):
         call.n[0:3] = [*shape, codes.stride(0)]
         native.run_one(call)
         made = (packed, _by_panels(tensors["scales"]), _by_panels(tensors["zeros"]))
-        return PackedWeight(NATIVE_INT4, shape, made, _int4_bytes(shape, group))
+        return PackedWeight(self._made, shape, made, _int4_bytes(shape, group))
 
     def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int:
         """Of a weight quantized at load."""
         return _int4_bytes(shape, int4_group(shape[1]) or RUN)
+
+
+class CpuW4A16Packer(CpuInt4Packer):
+    format = W4A16
+    layout = f"{NATIVE_W4A16}-{VERSION}"
+    _made = NATIVE_W4A16
 
 
 class Int8Linear:
@@ -116,10 +126,16 @@ class Int4Linear(Int8Linear):
         call.n[4] = weight.shape[1] // weight.tensors[1].shape[1]
 
 
+class WideInt4Linear(Int4Linear):
+    """int4 weights by tokens as they are, in fp32."""
+
+    kernel = "linear_int4_wide"
+
+
 def _check_inputs(shape: tuple[int, int]) -> None:
     if shape[1] > MOST_INPUTS:
         raise ValueError(
-            f"A linear layer with {shape[1]} inputs is not multiplied in int8, only up to "
+            f"A linear layer with {shape[1]} inputs is not multiplied by codes, only up to "
             f"{MOST_INPUTS}; keep it unquantized."
         )
 

@@ -14,10 +14,13 @@ from .cpu_ipex import IpexDensePacker, IpexLinear, LinearBesideIpex
 from .cpu_quantized import (
     NATIVE_INT4,
     NATIVE_INT8,
+    NATIVE_W4A16,
     CpuInt4Packer,
     CpuInt8Packer,
+    CpuW4A16Packer,
     Int4Linear,
     Int8Linear,
+    WideInt4Linear,
 )
 from .interface import OpImpl, OpSignature, WeightPacker
 
@@ -25,6 +28,7 @@ KERNELS: Mapping[str, LinearKernel] = {
     NATIVE: DenseLinear(),
     NATIVE_INT8: Int8Linear(),
     NATIVE_INT4: Int4Linear(),
+    NATIVE_W4A16: WideInt4Linear(),
 }
 """By the format of a packed weight."""
 
@@ -32,7 +36,7 @@ KERNELS: Mapping[str, LinearKernel] = {
 def packers() -> Sequence[WeightPacker]:
     if unavailable():
         return (IpexDensePacker(),)
-    return NativeDensePacker(), CpuInt8Packer(), CpuInt4Packer()
+    return NativeDensePacker(), CpuInt8Packer(), CpuInt4Packer(), CpuW4A16Packer()
 
 
 def linear() -> OpImpl:

@@ -28,6 +28,7 @@ from .compute import (
     INT4,
     INT4_GROUPS,
     INT8,
+    W4A16,
     AttentionBatch,
     AttentionImpl,
     AttentionSpec,
@@ -114,6 +115,7 @@ __all__ = [
     "Telemetry",
     "Value",
     "View",
+    "W4A16",
     "WeightPacker",
 ]
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...platforms.interface import DENSE, INT4, INT4_GROUPS, INT8
+from ...platforms.interface import DENSE, INT4, INT4_GROUPS, INT8, W4A16
 from ...platforms.ops import int4_group
 
 
@@ -21,7 +21,8 @@ class TensorKind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WeightScheme:
-    """A format of `platforms.compute`, and for int4 the number of inputs that share a scale."""
+    """A format of `platforms.compute`, and where it is of 4 bits the number of inputs that share a
+    scale."""
 
     format: str = DENSE
     group: int = 0
@@ -59,16 +60,19 @@ class Choice(NamedTuple):
 
 def choose_scheme(quantization: str | None, in_features: int, *, head: bool = False) -> Choice:
     """Of a layer of which this rank holds `in_features` inputs. Scores are worth 8 bits: the head
-    is kept in int8 whatever the rest is. Groups of int4 end where a rank's share does."""
+    is kept in int8 whatever the rest is. Groups of int4 end where a rank's share does. Under W4A16
+    no activation is rounded anywhere: what cannot be in 4 bits stays as it is."""
     if quantization is None:
         return Choice(PLAIN)
+    better = PLAIN if quantization == W4A16 else WeightScheme(INT8)
     if quantization == INT8 or head:
-        return Choice(WeightScheme(INT8))
+        return Choice(better)
     group = int4_group(in_features)
     if group is not None:
-        return Choice(WeightScheme(INT4, group))
+        return Choice(WeightScheme(W4A16 if quantization == W4A16 else INT4, group))
     return Choice(
-        WeightScheme(INT8),
-        f"linear layers with {in_features} inputs a rank are kept in int8, not int4: that is no "
-        f"multiple of {min(INT4_GROUPS)}",
+        better,
+        f"linear layers with {in_features} inputs a rank are kept in "
+        f"{'their own type' if better == PLAIN else INT8}, not int4: that is no multiple of "
+        f"{min(INT4_GROUPS)}",
     )

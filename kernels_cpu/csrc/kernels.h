@@ -5,6 +5,7 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "quantized.h"
+#include "quantized_wide.h"
 #include "rope.h"
 #include "sample.h"
 

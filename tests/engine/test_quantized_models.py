@@ -69,6 +69,9 @@ def with_values(tmp_path: Path) -> Callable[[str, str], Path]:
         for name, tensor in tensors.items():
             if "_proj.weight" in name:
                 tensors[name] = values(tensor)
+        if quantization == "w4a16":  # the head is as it was
+            save_file(tensors, path / FILE)
+            return path
         head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
         tensors["lm_head.weight"] = int8_values(head)
         save_file(tensors, path / FILE)
@@ -94,6 +97,17 @@ def test_tokens_are_those_of_the_codes_values(
     expected = tokens(variant, platform=CPU, model=str(with_values(variant, quantization)))
     for platform in (CPU, "strict", NATIVE):
         assert tokens(variant, platform=platform, quantization=quantization) == expected
+    assert expected != tokens(variant, platform=CPU), "of codes, not of the weights themselves"
+
+
+@pytest.mark.parametrize("platform", ["cpu", "strict"])
+@pytest.mark.parametrize("variant", ["llama3", "qwen3_tied"])
+def test_tokens_under_w4a16_are_those_of_the_codes_values(
+    variant: str, platform: str, with_values: Callable[[str, str], Path]
+) -> None:
+    """The platform's own kernel too, since it rounds no activation."""
+    expected = tokens(variant, platform=CPU, model=str(with_values(variant, "w4a16")))
+    assert tokens(variant, platform=platform, quantization="w4a16") == expected
     assert expected != tokens(variant, platform=CPU), "of codes, not of the weights themselves"
 
 

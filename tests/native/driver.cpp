@@ -20,6 +20,7 @@ const std::map<std::string, Cases>& table() {
         {"linear_int8", linear_int8},
         {"pack_int4", pack_int4},
         {"linear_int4", linear_int4},
+        {"linear_int4_wide", linear_int4},
         {"add", add},
         {"silu_mul", gated},
         {"gelu_mul", gated},

@@ -20,7 +20,7 @@ from trimaran.core.quantization.codes import (
     round_trip,
 )
 from trimaran.core.quantization.scheme import PLAIN, WeightScheme, choose_scheme
-from trimaran.platforms.interface import INT4, INT8
+from trimaran.platforms.interface import INT4, INT8, W4A16
 from trimaran.platforms.ops import activation_rounding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,6 +145,13 @@ def test_which_layer_gets_which_format() -> None:
     assert choose_scheme("int4", 1024, head=True) == (WeightScheme(INT8), "")
     scheme, reason = choose_scheme("int4", 80)
     assert scheme == WeightScheme(INT8) and "80 inputs" in reason and "32" in reason
+
+
+def test_under_w4a16_what_has_no_groups_stays_as_it_is() -> None:
+    assert choose_scheme("w4a16", 192) == (WeightScheme(W4A16, 64), "")
+    assert choose_scheme("w4a16", 1024, head=True) == (PLAIN, "")
+    scheme, reason = choose_scheme("w4a16", 80)
+    assert scheme == PLAIN and "80 inputs a rank are kept in their own type" in reason
 
 
 def test_an_unknown_quantization_is_refused_at_once() -> None:
