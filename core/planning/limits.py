@@ -9,9 +9,11 @@ gaps between launches, and collectives between ranks, are not in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...platforms.interface import Roofline
+from ..sizing import GroupSize
 from .model import ModelFacts, Parameters
 
 PREFILL_TOKENS = 2048
@@ -20,15 +22,15 @@ PREFILL_TOKENS = 2048
 @dataclass(frozen=True, slots=True)
 class Load:
     """What one rank reads and computes. `read_bytes`: weights of a step that uses every expert;
-    `expert_bytes`: the routed experts' part of it."""
+    `expert_bytes`: the routed experts' part of it. `cache`: as the platform lays out keys and
+    values, the scales of quantized ones included."""
 
     facts: ModelFacts
     parameters: Parameters
     read_bytes: float
     expert_bytes: float
-    kv_itemsize: int
+    cache: Sequence[GroupSize]
     ranks: int
-    kv_split: int
 
     def weights_read(self, tokens: int) -> float:
         """Bytes of weights that a step of `tokens` reads."""
@@ -38,9 +40,9 @@ class Load:
     def kv_read(self, context: int) -> float:
         """Bytes of the cache that one token's attention reads."""
         return sum(
-            one.layers * one.kv_elements * min(context, one.window or context)
-            for one in self.facts.attention
-        ) * (self.kv_itemsize / self.kv_split)
+            one.block_bytes / one.block_size * min(context, one.group.sliding_window or context)
+            for one in self.cache
+        )
 
     def decode_seconds(self, batch: int, context: int, line: Roofline, flops: float) -> float:
         """One step of `batch` sequences with `context` tokens each."""

@@ -358,7 +358,6 @@ class _Planner:
             parameters=one,
             read_bytes=read,
             expert_bytes=one.experts * itemsize / settings.ranks,
-            kv_itemsize=settings.kv_dtype.itemsize,
+            cache=self._sizes,
             ranks=settings.ranks,
-            kv_split=self._kv_split,
         )

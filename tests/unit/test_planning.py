@@ -81,7 +81,8 @@ class Described(StrictPlatform):
     def known_devices(cls) -> Sequence[DeviceSpec]:
         line = Roofline(1e12, {"bfloat16": 1e14}, "a made-up data sheet")
         dtypes = {"float32": "native", "bfloat16": "native"}
-        return (DeviceSpec("toy", "Toy 9000", "t9", 80 * GIB, line, Capabilities(dtypes)),)
+        known = Capabilities(dtypes, kv_dtypes=(*dtypes, "int8"))
+        return (DeviceSpec("toy", "Toy 9000", "t9", 80 * GIB, line, known),)
 
     def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
         if plan["max_num_seqs"] > 100:
@@ -167,6 +168,14 @@ def test_limits_are_those_of_the_formulas() -> None:
     work = 2 * 440_467_456 * 2048 + 2 * 2048**2 * 16 * 128 * 28
     assert work == pytest.approx(2.29e12, rel=0.005)  # what the design notes say of this model
     assert found.value("limits", "prefill of 2048") == pytest.approx(work / 1e14, rel=1e-6)
+
+
+def test_a_cache_in_int8_is_read_with_its_scales() -> None:
+    args = args_of("qwen3-0.6b", dtype="bfloat16", kv_cache_dtype="int8")
+    found = plan(read_model(args), args, toy(), context=512)
+    vectors = 28 * 2 * 8  # layers, key and value, heads: each 128 codes and a scale in fp32
+    one = (2 * 596_049_920 + 512 * vectors * (128 + 4)) / 1e12
+    assert found.value("limits", "decode, batch 1") == pytest.approx(1 / one, rel=1e-5)
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:
