@@ -26,7 +26,7 @@ def tokens(variant: str, folder: Path | str, **args: Any) -> list[int]:
     return found["a", 0].tokens
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4", "w4a16"])
 @pytest.mark.parametrize("variant", ["qwen3", "qwen3_tied", "llama_biased"])
 def test_the_second_start_packs_nothing(
     variant: str, quantization: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
