@@ -212,7 +212,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--quantization",
         nargs="+",
-        choices=("none", "int8", "int4"),
+        choices=("none", "int8", "int4", "w4a16"),
         default=["none"],
         help="of the weights at load (trimaran); several: one after the other",
     )
