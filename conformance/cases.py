@@ -106,6 +106,20 @@ def _draw(vocab: int, top_p: float, min_p: float, top_k: int) -> Make:
     return make
 
 
+def _moe(experts: int, top_k: int, hidden: int, width: int, renormalize: bool = False) -> Make:
+    """Weights as large as trained ones, so that what is summed stays near 1."""
+
+    def make(n: int, dtype: torch.dtype) -> Arguments:
+        scores = normal(n, experts, dtype=dtype)
+        gate_up, down = (
+            PackedWeight(DENSE, shape, ((torch.randn(shape) / shape[1] ** 0.5).to(dtype),))
+            for shape in ((experts * 2 * width, hidden), (experts * hidden, width))
+        )
+        return normal(n, hidden, dtype=dtype), scores, gate_up, down, top_k, renormalize
+
+    return make
+
+
 _GATED: Mapping[str, Make] = {f"size {size}": _gated(size) for size in (1, 48, 65)}
 
 CASES: Mapping[str, Mapping[str, Make]] = {
@@ -129,6 +143,12 @@ CASES: Mapping[str, Mapping[str, Make]] = {
     "gelu_mul": _GATED,
     "gelu_tanh_mul": _GATED,
     "add": {"size 7": _two(7), "size 40": _two(40)},
+    "moe": {
+        "2 of 6": _moe(6, 2, 64, 32),
+        "4 of 20, renormalized": _moe(20, 4, 64, 96, True),
+        "1 of 3, 40 by 50": _moe(3, 1, 40, 50),
+        "all of 5": _moe(5, 5, 64, 32),
+    },
     "gather_rows": {"size 40": _gather},
     "copy": {"from float32": _copy, "size 33": _two(33)},
     "sample": {"vocab 300": _scores(300), "vocab 17": _scores(17)},
@@ -161,6 +181,13 @@ def sizes(op: str, args: Arguments) -> dict[str, int]:
         return own | {"size": out_features // 2} if op.endswith("_mul") else own
     if op == "rope":
         return {"head_dim": first.shape[-1], "rope_dim": args[3].shape[-1]}
+    if op == "moe":
+        return {
+            "hidden": first.shape[-1],
+            "width": args[3].shape[1],
+            "experts": args[1].shape[-1],
+            "top_k": args[4],
+        }
     if op in ("sample", "draw"):
         return {"vocab": first.shape[-1]}
     return {"size": first.shape[-1] // 2 if op.endswith("_mul") else first.shape[-1]}

@@ -17,6 +17,7 @@ MEASURE_FOR = 0.05  # seconds
 MAX_CALLS = 50
 HIDDEN, QUICK_HIDDEN = 2048, 512
 TOKENS = 64
+EXPERTS = 8
 
 
 def op_speed(
@@ -57,10 +58,14 @@ def _typical(op: str, dtype: torch.dtype, hidden: int) -> Arguments:
         ),
         "rms_norm": lambda: (wide, wide[0], 1e-6),
         "add_rms_norm": lambda: (wide, wide, wide[0], 1e-6),
-        "linear": lambda: (
+        "linear": lambda: (wide, _weight(hidden, hidden, dtype), None),
+        "moe": lambda: (
             wide,
-            PackedWeight("dense", (hidden, hidden), (torch.ones(hidden, hidden, dtype=dtype),)),
-            None,
+            torch.randn(TOKENS, EXPERTS).to(dtype),
+            _weight(hidden, hidden, dtype),
+            _weight(EXPERTS * hidden, hidden // (2 * EXPERTS), dtype),
+            2,
+            True,
         ),
         "rope": lambda: (
             wide.view(TOKENS, -1, 128),
@@ -82,6 +87,10 @@ def _typical(op: str, dtype: torch.dtype, hidden: int) -> Arguments:
     if op in table:
         return table[op]()
     return (torch.ones(TOKENS, 8 * hidden, dtype=dtype),)  # a gated activation
+
+
+def _weight(rows: int, columns: int, dtype: torch.dtype) -> PackedWeight:
+    return PackedWeight("dense", (rows, columns), (torch.ones(rows, columns, dtype=dtype),))
 
 
 def _place(device: Device, packer: WeightPacker, arg: Any) -> Any:

@@ -11,7 +11,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -59,6 +59,19 @@ class Binding:
     signature: OpSignature | AttentionSpec
     chosen: str
     refused: tuple[Refusal, ...] = ()
+
+
+class WeightUse(NamedTuple):
+    """The op that reads a packed weight, and its static sizes."""
+
+    op: str
+    sizes: Mapping[str, int]
+
+    @classmethod
+    def by_linear(cls, shape: tuple[int, int]) -> WeightUse:
+        """A linear layer's `[out, in]`."""
+        out_features, in_features = shape
+        return cls("linear", {"in_features": in_features, "out_features": out_features})
 
 
 class OpBinder:
@@ -162,24 +175,22 @@ class OpBinder:
             self.remark(reason, logging.INFO)
         return scheme
 
-    def weight_format(
-        self, scheme: WeightScheme, dtype: torch.dtype, shape: tuple[int, int]
-    ) -> str:
-        """What a linear layer `[out, in]` reads: the scheme's format, or dense weights where the
-        platform has no packer or no `linear` for it."""
-        wanted, (out_features, in_features) = scheme.format, shape
+    def weight_format(self, scheme: WeightScheme, dtype: torch.dtype, use: WeightUse) -> str:
+        """What the op of `use` reads: the scheme's format, or dense weights where the platform has
+        no packer or no implementation for it."""
+        wanted = scheme.format
         if wanted == DENSE:
             return DENSE
         reason = f"no packer for {wanted}"
         if wanted in self._packers:
-            sizes = {"in_features": in_features, "out_features": out_features}
-            signature = OpSignature("linear", dtype, sizes, wanted)
+            signature = OpSignature(use.op, dtype, use.sizes, wanted)
             chosen, refused = _first_supporting(
-                self._impls.get("linear", ()), lambda impl: impl.supports(signature)
+                self._impls.get(use.op, ()), lambda impl: impl.supports(signature)
             )
             if chosen is not None:
                 return wanted
-            reason = "; ".join(f"{r.name}: {r.reason}" for r in refused) or "no linear of its own"
+            reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused)
+            reason = reasons or f"no {use.op} of its own"
         self.remark(
             f"platform {self.platform.name!r} does not multiply by {wanted} weights ({reason}): "
             "they are turned back into dense ones after they were quantized, with the same values "
@@ -198,17 +209,16 @@ class OpBinder:
     def packer(
         self,
         dtype: torch.dtype,
-        shape: tuple[int, int],
+        use: WeightUse,
         reader: Any = None,
         weight_format: str = DENSE,
     ) -> WeightPacker:
-        """Who lays out a linear layer's weight `[out, in]` for `reader`, what reads it (None: the
-        `linear` that such a weight is bound to). The torch reference reads the plain tensor."""
+        """Who lays out a weight for the op of `use`, or for `reader`, what reads it otherwise (a
+        fusion with that op). The torch reference reads the plain tensor."""
         if weight_format != DENSE:
             return self._packers[weight_format]
-        out_features, in_features = shape
-        linear = self.bind("linear", dtype, in_features=in_features, out_features=out_features)
-        packed = any(isinstance(inspect.unwrap(one), OpImpl) for one in (linear, reader) if one)
+        bound = self.bind(use.op, dtype, **use.sizes)
+        packed = any(isinstance(inspect.unwrap(one), OpImpl) for one in (bound, reader) if one)
         return self._packers.get(DENSE, DensePacker()) if packed else DensePacker()
 
     def pack(
@@ -219,13 +229,16 @@ class OpBinder:
         *,
         largest: Tensor | None = None,
         shared: bool = False,
+        use: WeightUse | None = None,
     ) -> PackedWeight:
         """The weight `[out, in]`, quantized by `scheme`, as `packer` lays it out; what it holds
         beside the device's own allocations is entered into the device's accounts. `largest`: the
         largest magnitudes of the rows that its rows are parts of. `shared`: the weight serves
-        others too and is left as it is. Raises NotFiniteError for what has no codes."""
+        others too and is left as it is. `use`: None for a linear layer's. Raises NotFiniteError for
+        what has no codes."""
         shape = (weight.shape[0], weight.shape[1])
-        format = self.weight_format(scheme, weight.dtype, shape)
+        use = use or WeightUse.by_linear(shape)
+        format = self.weight_format(scheme, weight.dtype, use)
         tensors = {"weight": weight}
         if format != DENSE:
             tensors = {
@@ -237,7 +250,7 @@ class OpBinder:
             if shared:
                 tensors["weight"] = self.device.alloc(shape, weight.dtype, tag="weights")
             round_trip(weight, scheme, tensors["weight"], largest)
-        packed = self.packer(weight.dtype, shape, reader, format).pack(tensors, shape)
+        packed = self.packer(weight.dtype, use, reader, format).pack(tensors, shape)
         if packed.extra_bytes:
             self.device.account(packed, packed.extra_bytes, tag="weights")
         return packed

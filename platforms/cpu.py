@@ -16,6 +16,7 @@ from .cpu_attention import NativeAttention
 from .cpu_communicator import how_ranks_meet, open_cpu_communicator
 from .cpu_device import CpuDevice
 from .cpu_ipex import about as about_ipex
+from .cpu_moe import moes
 from .cpu_ops import cpu_ops
 from .cpu_roofline import measured_roofline
 from .cpu_step import compile_step
@@ -85,7 +86,7 @@ class CpuPlatform(Platform):
         return CpuDevice()
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return {**cpu_ops(), "linear": linears()}
+        return {**cpu_ops(), "linear": linears(), "moe": moes()}
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
         return (NativeAttention(), TorchPagedAttention(), ReferenceAttention())

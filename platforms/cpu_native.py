@@ -73,13 +73,19 @@ class NativeOp(OpImpl):
     def outputs(self, args: Sequence[Any]) -> Sequence[Output]:
         """What the op makes of these arguments, contiguous each."""
 
+    def row_scratch(self, args: Sequence[Any], made: Sequence[Output]) -> int:
+        """Bytes of memory that the kernel works in for each row; 0: none. `made`: the outputs; of
+        `args` only constants may be looked at."""
+        return 0
+
     @abstractmethod
     def fill(self, call: Call, out: Sequence[Operand], args: Sequence[Any]) -> None:
         """Complete `call`, which has the kernel, the element type and the number of rows. `args`:
-        the op's own, operands in place of `tensors`."""
+        the op's own, operands in place of `tensors`. `out`: the scratch memory, if any, last."""
 
     def __call__(self, *args: Any) -> Any:
-        made = [torch.empty(shape, dtype=dtype) for shape, dtype in self.outputs(args)]
+        outputs = self.outputs(args)
+        made = [torch.empty(shape, dtype=dtype) for shape, dtype in outputs]
         given = list(args)
         for index in self.tensors:
             if not Operand.of(args[index]).inner_is_contiguous:
@@ -88,7 +94,11 @@ class NativeOp(OpImpl):
         native = library()
         rows = len(args[self.tensors[0]])
         call = native.call(self.kernel_of(args), self.dtype_of(args), rows)
-        self.fill(call, [Operand.of(tensor) for tensor in made], given)
+        out = [Operand.of(tensor) for tensor in made]
+        if row_bytes := self.row_scratch(args, outputs):
+            scratch = torch.empty(rows, row_bytes, dtype=torch.uint8)
+            out.append(Operand.of(scratch))
+        self.fill(call, out, given)
         small = args[self.tensors[0]].nbytes + sum(tensor.nbytes for tensor in made) <= SMALL_BYTES
         native.run_one(call, alone=small and not self.reads_weights)
         return tuple(made) if len(made) > 1 else made[0]

@@ -8,6 +8,7 @@ them any more. A step is then the number of tokens, the attention plans, and one
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import inspect
 import logging
 import math
@@ -60,7 +61,7 @@ def compile_step(graph: StepGraph, limits: StepLimits) -> StepFn | None:
 class _Compiler:
     def __init__(self, graph: StepGraph, max_tokens: int) -> None:
         self._graph = graph
-        self._nodes = fused(graph)
+        self._nodes = [node and _with_scratch(node) for node in fused(graph)]
         self._native = library()
         sizes = [
             [_place_bytes(output, max_tokens) for output in node.outputs] if node else []
@@ -131,7 +132,9 @@ class _Compiler:
         base = argument.base if isinstance(argument, View) else argument
         if not isinstance(base, Value):
             raise NotNative(f"an op reads {argument!r} as if it had a row a token")
-        output = self._graph.nodes[base.node].outputs[base.position]
+        node = self._nodes[base.node]
+        assert node is not None, "what was fused away is read by nobody"
+        output = node.outputs[base.position]
         address = self._address[base]
         if not isinstance(argument, View):
             return Operand(address, output.dtype, output.shape[1:], contiguous(output.shape))
@@ -140,6 +143,17 @@ class _Compiler:
         if not operand.inner_is_contiguous:
             raise NotNative(f"an op reads a view with strides {argument.stride}")
         return operand
+
+
+def _with_scratch(node: StepNode) -> StepNode:
+    """The node with the memory that its kernel works in, as an output more which nobody reads."""
+    impl = inspect.unwrap(node.call)
+    if not isinstance(impl, NativeOp) or not (
+        size := impl.row_scratch(node.arguments, node.outputs)
+    ):
+        return node
+    scratch = Output((node.outputs[0].shape[0], size), _BYTE)
+    return dataclasses.replace(node, outputs=(*node.outputs, scratch))
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:

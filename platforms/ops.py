@@ -165,6 +165,45 @@ def gelu_tanh_mul(gate_up: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def moe(
+    x: Tensor,
+    scores: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    top_k: int,
+    renormalize: bool,
+) -> Tensor:
+    """x `[tokens, hidden]`, the router's scores `[tokens, experts]` -> `[tokens, hidden]`: the sum
+    of the chosen experts' results, down(silu(gate x) * up x), by their shares (Shazeer et al. 2017,
+    section 2, with the gates of Fedus et al. 2021: the softmax comes first).
+
+    The experts' weights are stacked: dense gate_up `[experts * 2 * width, hidden]`, of each expert
+    the gate's rows before the up projection's, and down `[experts * hidden, width]`. A token takes
+    the `top_k` experts with the highest scores, of equal ones the first; their shares are the
+    softmax of all its scores, in fp32, with `renormalize` divided by their sum, and rounded to x's
+    dtype (Qwen3MoeSparseMoeBlock of `transformers`). Products with shares are summed in fp32.
+    Quantized weights: as for `linear`.
+    """
+    for weight in (gate_up, down):
+        if weight.format != DENSE:
+            raise ValueError(f"The reference of `moe` reads dense weights, not {weight.format!r}.")
+    experts = scores.shape[1]
+    gates_ups = gate_up.tensors[0].chunk(experts)
+    downs = down.tensors[0].chunk(experts)
+    wide = scores.float()
+    chosen = wide.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    shares = wide.softmax(-1).gather(1, chosen)
+    if renormalize:
+        shares = shares / shares.sum(-1, keepdim=True)
+    results = x.new_zeros(*chosen.shape, x.shape[1])
+    for expert in sorted(set(chosen.flatten().tolist())):
+        tokens, places = (chosen == expert).nonzero(as_tuple=True)
+        inner = silu_mul(F.linear(x[tokens], gates_ups[expert]))
+        results[tokens, places] = F.linear(inner, downs[expert])
+    weighted = results.float() * shares.to(x.dtype).float().unsqueeze(-1)
+    return weighted.sum(1).to(x.dtype)
+
+
 def gather_rows(hidden: Tensor, indices: Tensor) -> Tensor:
     """hidden `[tokens, hidden]`, indices `[rows]` -> `[rows, hidden]`: the rows whose logits are
     wanted, so that no others are computed."""
@@ -199,6 +238,7 @@ OPS: Mapping[str, OpSpec] = {
         OpSpec("gather_rows", gather_rows, _COPIED),
         OpSpec("copy", copy, _COPIED),
         OpSpec("sample", sample, _COPIED),
+        OpSpec("moe", moe, _ACCUMULATED, False),
         OpSpec("draw", draw, dict.fromkeys(_ROUNDING, _ROUNDING[torch.float32]), False),
         OpSpec("add_rms_norm", add_rms_norm, _ROUNDING, False, ("add", "rms_norm")),
     )

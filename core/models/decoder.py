@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...platforms.interface import Communicator, LayerKV
 from ..ops import OpBinder
+from .experts import SparseMLP
 from .layers import Attention, BuildContext, GatedMLP, LmHead, RMSNorm, VocabEmbedding
 from .rope import cos_sin_table
 from .spec import DecoderSpec
@@ -17,7 +18,10 @@ from .step import StepBuffers
 from .weights import Layer
 
 MIXERS: Mapping[str, Callable[[BuildContext, int], Attention]] = {"attention": Attention}
-FEED_FORWARDS: Mapping[str, Callable[[BuildContext, int], GatedMLP]] = {"gated": GatedMLP}
+FEED_FORWARDS: Mapping[str, Callable[[BuildContext, int], GatedMLP | SparseMLP]] = {
+    "gated": GatedMLP,
+    "experts": SparseMLP,
+}
 """The names that a LayerSpec uses → the classes behind them."""
 
 

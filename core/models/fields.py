@@ -71,6 +71,13 @@ class Fields:
             raise self._error(key, "must be a list of strings")
         return value
 
+    def counts(self, key: str) -> list[int]:
+        """A list of integers of at least 0; empty where the key is absent."""
+        value = self._read(key, list, [])
+        if not all(type(item) is int and item >= 0 for item in value):
+            raise self._error(key, "must be a list of integers of at least 0")
+        return value
+
     def object(self, key: str) -> Fields:
         """A nested object; empty where the key is absent."""
         return Fields(self._read(key, dict, {}), f"{self.where}: {key}")

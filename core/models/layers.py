@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ...platforms.interface import DENSE, INT8, Communicator, LayerKV, PackedWeight
 from ..errors import ModelLoadError
-from ..ops import OpBinder
+from ..ops import OpBinder, WeightUse
 from ..quantization.codes import NotFiniteError, largest_of_rows
+from ..quantization.scheme import WeightScheme
 from .spec import DecoderSpec
 from .step import StepBuffers
 from .weights import Layer, Read, WeightSlot, WeightSource
@@ -42,22 +43,36 @@ class BuildContext:
 
 
 class Linear(Layer):
-    """`x @ weight.T + bias` through the bound op; how weights fill it is the subclass's matter."""
+    """`x @ weight.T + bias` through the bound op; how weights fill it is the subclass's matter.
+
+    `use`: another op that reads the weight. `scheme`: how it is quantized, where that is not
+    the binder's choice.
+    """
 
     is_head = False
 
-    def __init__(self, context: BuildContext, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        context: BuildContext,
+        in_features: int,
+        out_features: int,
+        use: WeightUse | None = None,
+        scheme: WeightScheme | None = None,
+    ) -> None:
         self._context = context
         self._in_features, self._out_features = in_features, out_features
-        self._scheme = context.binder.scheme(in_features, head=self.is_head)
-        self._format = context.binder.weight_format(
-            self._scheme, context.dtype, (out_features, in_features)
-        )
-        self._linear = context.bind(
-            "linear", self._format, in_features=in_features, out_features=out_features
-        )
+        self._use = use or WeightUse.by_linear((out_features, in_features))
+        self._scheme = scheme or context.binder.scheme(in_features, head=self.is_head)
+        self._format = context.binder.weight_format(self._scheme, context.dtype, self._use)
+        self._linear = context.bind(self._use.op, self._format, **self._use.sizes)
         self._packed: PackedWeight | None = None
         self._bias: Tensor | None = None
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as its op reads it, after `load`."""
+        assert self._packed is not None, "load comes before the first forward"
+        return self._packed
 
     def _origin(self, row: int) -> tuple[str, int]:
         """The tensor of the checkpoint that a row of the weight comes from, and its row there."""
@@ -85,7 +100,7 @@ class Linear(Layer):
         """See `OpBinder.pack`."""
         try:
             self._packed = self._context.binder.pack(
-                plain, self._linear, self._scheme, largest=largest, shared=shared
+                plain, self._linear, self._scheme, largest=largest, shared=shared, use=self._use
             )
         except NotFiniteError as error:
             name, row = self._origin(error.row)
@@ -132,10 +147,12 @@ class ColumnLinear(Linear):
         *,
         bias: bool,
         then: tuple[str, Mapping[str, int]] | None = None,
+        use: WeightUse | None = None,
+        scheme: WeightScheme | None = None,
     ) -> None:
         self._parts = tuple(parts)
         out_features = sum(part.stop - part.start for part in parts)
-        super().__init__(context, in_features, out_features)
+        super().__init__(context, in_features, out_features, use, scheme)
         if then is not None:
             sizes = {"in_features": in_features, "out_features": out_features}
             self._linear = context.binder.bind_chain(
@@ -174,49 +191,71 @@ class ColumnLinear(Linear):
 
 
 class RowLinear(Linear):
-    """This rank's inputs `[tokens, in / ranks]` → the group's sum `[tokens, out]`."""
+    """This rank's inputs `[tokens, in / ranks]` → the group's sum `[tokens, sum of all parts]`.
+    Each of the projections `names` has `part_features` outputs."""
 
     def __init__(
-        self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool
+        self,
+        context: BuildContext,
+        names: Sequence[str],
+        in_features: int,
+        part_features: int,
+        *,
+        bias: bool,
+        use: WeightUse | None = None,
+        scheme: WeightScheme | None = None,
     ) -> None:
         self._comm = context.comm
+        self._names, self._part_features = tuple(names), part_features
         share = in_features // self._comm.size
-        super().__init__(context, share, out_features)
+        super().__init__(context, share, len(names) * part_features, use, scheme)
         start = self._comm.rank * share
-        shape = (out_features, in_features)
+        self._shape = (part_features, in_features)
         self._share = slice(start, start + share)
         # All ranks take a row's one scale, as a single rank would: that wants all of the row.
         self._reads_whole = self._comm.size > 1 and self._scheme.format == INT8
-        read = slice(0, in_features) if self._reads_whole else self._share
-        self._weight_slot = WeightSlot(f"{name}.weight", shape, read.start, read.stop, dim=1)
-        self._bias_slot = WeightSlot(f"{name}.bias", shape[:1], 0, out_features)
-        self._whole_bias = context.alloc(out_features) if bias else None
+        self._read = slice(0, in_features) if self._reads_whole else self._share
+        self._whole_bias = context.alloc(self._out_features) if bias else None
         # One rank adds the bias, so that the sum has it once.
         self._bias = self._whole_bias if self._comm.rank == 0 else None
 
+    def _weight_slot(self, name: str) -> WeightSlot:
+        return WeightSlot(f"{name}.weight", self._shape, self._read.start, self._read.stop, dim=1)
+
+    def _bias_slot(self, name: str) -> WeightSlot:
+        return WeightSlot(f"{name}.bias", self._shape[:1], 0, self._part_features)
+
     def slots(self) -> Iterator[WeightSlot]:
-        yield self._weight_slot
-        if self._whole_bias is not None:
-            yield self._bias_slot
+        for name in self._names:
+            yield self._weight_slot(name)
+            if self._whole_bias is not None:
+                yield self._bias_slot(name)
 
     def load(self, source: WeightSource) -> None:
         if self._whole_bias is not None:
-            source.read(self._bias_slot, self._whole_bias)
+            for name, part in zip(self._names, self._of_parts(self._whole_bias), strict=True):
+                source.read(self._bias_slot(name), part)
         if self._restore(source):
             return
-        plain, largest = self._plain(), None
-        if self._reads_whole:
-            whole = self._context.alloc(*self._weight_slot.shape)
-            source.read(self._weight_slot, whole)
-            largest = largest_of_rows(whole)
-            plain.copy_(whole[:, self._share])
+        plain, largest = self._plain(), []
+        for name, part in zip(self._names, self._of_parts(plain), strict=True):
+            slot = self._weight_slot(name)
+            if not self._reads_whole:
+                source.read(slot, part)
+                continue
+            whole = self._context.alloc(*slot.shape)
+            source.read(slot, whole)
+            largest.append(largest_of_rows(whole))
+            part.copy_(whole[:, self._share])
             del whole
-        else:
-            source.read(self._weight_slot, plain)
-        self._pack(plain, source, largest=largest)
+        self._pack(plain, source, largest=torch.cat(largest) if largest else None)
+
+    def _of_parts(self, stacked: Tensor) -> tuple[Tensor, ...]:
+        return stacked.split(self._part_features)
 
     def _origin(self, row: int) -> tuple[str, int]:
-        return self._weight_slot.name, row
+        part, row = divmod(row, self._part_features)
+        return f"{self._names[part]}.weight", row
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._comm.all_reduce(self._linear(hidden, self._packed, self._bias))
@@ -370,7 +409,7 @@ class Attention(Layer):
         self.qkv = ColumnLinear(context, spec.hidden_size, parts, bias=spec.qkv_bias)
         self.out = RowLinear(
             context,
-            names.of("o_proj", layer),
+            [names.of("o_proj", layer)],
             spec.num_heads * head_dim,
             spec.hidden_size,
             bias=spec.o_bias,
@@ -417,7 +456,7 @@ class GatedMLP(Layer):
             then=(spec.activation, {"size": width // comm.size}),
         )
         self.down = RowLinear(
-            context, names.of("down_proj", layer), width, spec.hidden_size, bias=spec.mlp_bias
+            context, [names.of("down_proj", layer)], width, spec.hidden_size, bias=spec.mlp_bias
         )
         self.children = (self.gate_up, self.down)
 

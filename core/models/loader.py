@@ -146,7 +146,8 @@ def _expected_elsewhere(name: str, decoder: Decoder) -> bool:
     if names.ignored(name) or (part in names.top.values() and kind == "weight"):
         return True
     for template in names.layer.values():
-        match = re.fullmatch(re.escape(template).replace(r"\{layer\}", r"(\d+)"), part)
+        pattern = re.escape(template).replace(r"\{expert\}", r"\d+")
+        match = re.fullmatch(pattern.replace(r"\{layer\}", r"(\d+)"), part)
         if match:
             layer = int(match[1])
             return layer < spec.num_layers and layer not in range(*decoder.layer_range)

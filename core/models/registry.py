@@ -6,15 +6,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .families import llama, mistral, qwen2, qwen3
+from .families import llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 from .fields import Fields
 from .spec import DecoderSpec
 
 FAMILIES: Mapping[str, Callable[[Fields], DecoderSpec]] = {
     "LlamaForCausalLM": llama.read,
     "MistralForCausalLM": mistral.read,
+    "MixtralForCausalLM": mixtral.read,
     "Qwen2ForCausalLM": qwen2.read,
     "Qwen3ForCausalLM": qwen3.read,
+    "Qwen3MoeForCausalLM": qwen3_moe.read,
 }
 
 

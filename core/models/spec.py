@@ -44,6 +44,17 @@ class LayerSpec:
     sliding_window: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """The mixture of experts of layers whose feed-forward is `experts`: each token goes through
+    `top_k` of `count` gated MLPs of `width`. `renormalize`: its shares of them add up to 1."""
+
+    count: int
+    top_k: int
+    width: int
+    renormalize: bool
+
+
 class LayerGroup(NamedTuple):
     """Layers whose caches have the same shape and the same life: they share block tables."""
 
@@ -55,7 +66,8 @@ class LayerGroup(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class WeightNames:
     """Where a checkpoint keeps what the layers call `embed`, `norm`, `head` and `q_proj`,
-    `gate_proj`… (in `layer`, with `{layer}` for the index). A `.weight` or `.bias` follows.
+    `gate_proj`… (in `layer`, with `{layer}` for the index; of experts, `{expert}` for theirs). A
+    `.weight` or `.bias` follows.
 
     `ignored(name)`: tensors that old checkpoints carry and nobody needs.
     """
@@ -64,8 +76,10 @@ class WeightNames:
     layer: Mapping[str, str]
     ignored: Callable[[str], bool] = field(default=lambda name: False, repr=False)
 
-    def of(self, part: str, layer: int | None = None) -> str:
-        return self.top[part] if layer is None else self.layer[part].format(layer=layer)
+    def of(self, part: str, layer: int | None = None, expert: int | None = None) -> str:
+        if layer is None:
+            return self.top[part]
+        return self.layer[part].format(layer=layer, expert=expert)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +103,7 @@ class DecoderSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     tie_embeddings: bool = False
+    experts: ExpertsSpec | None = None
 
     @property
     def num_layers(self) -> int:
@@ -108,10 +123,13 @@ class DecoderSpec:
         """(heads, kv heads) on each of `size` ranks; a kv head is replicated when there are
         fewer of them than ranks. Raises ConfigError when the heads cannot be split evenly."""
         kv_fits = self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0
-        if self.num_heads % size or not kv_fits or self.intermediate_size % size:
+        widths = {self.intermediate_size, self.experts.width if self.experts else size}
+        if self.num_heads % size or not kv_fits or any(width % size for width in widths):
+            experts = f", experts of {self.experts.width}" if self.experts else ""
             raise ConfigError(
                 f"tensor_parallel_size={size} does not divide this model: {self.num_heads} heads, "
-                f"{self.num_kv_heads} kv heads, intermediate size {self.intermediate_size}.",
+                f"{self.num_kv_heads} kv heads, intermediate size {self.intermediate_size}"
+                f"{experts}.",
                 param="tensor_parallel_size",
             )
         return self.num_heads // size, max(1, self.num_kv_heads // size)

@@ -19,7 +19,7 @@ from ..models.registry import decoder_spec
 from ..models.spec import DecoderSpec
 from ..models.step import StepBuffers, StepGroup, make_groups, slot_dtype
 from ..models.weights import WeightSource
-from ..ops import OpBinder
+from ..ops import OpBinder, WeightUse
 from ..quantization.scheme import PLAIN, WeightScheme
 from ..runner.rows import SLACK, RowTable
 from ..sizing import GroupSize
@@ -97,10 +97,12 @@ class PackingSizes(OpBinder):
         *,
         largest: Tensor | None = None,
         shared: bool = False,
+        use: WeightUse | None = None,
     ) -> PackedWeight:
         shape = (weight.shape[0], weight.shape[1])
-        format = self.weight_format(scheme, weight.dtype, shape)
-        packer = self._real.packer(weight.dtype, shape, reader, format)
+        use = use or WeightUse.by_linear(shape)
+        format = self.weight_format(scheme, weight.dtype, use)
+        packer = self._real.packer(weight.dtype, use, reader, format)
         size = packer.packed_bytes(weight.dtype, shape)
         if size is None and format == DENSE:
             if shared and scheme != PLAIN:

@@ -52,7 +52,7 @@ struct Range {
     int64_t begin, end;
 };
 
-constexpr int STAGES = 4;
+constexpr int STAGES = 6;  // of a call, at most
 
 // A thread's view of a run.
 //
@@ -60,6 +60,8 @@ constexpr int STAGES = 4;
 // pieces first, so that a thread which the system has set aside holds up nobody for long. A stage
 // ends when all of it is done, whoever did it: a thread that comes late finds nothing left and goes
 // on. All threads name the same size and grain, and results may not depend on who takes what.
+// Threads ahead may be in a later call already: a size is computed from what no other call writes, or
+// all threads arrive once more (an empty stage) after they have computed it.
 // `barrier` ends a stage within a call; a stage without `take` ends when all threads have arrived.
 struct Team {
     const Run* run;

@@ -4,6 +4,7 @@
 #include "draw.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "moe.h"
 #include "quantized.h"
 #include "quantized_wide.h"
 #include "rope.h"

@@ -117,7 +117,6 @@ struct Dense {
           y_stride(call.n[3]) {}
 
     int64_t panels() const { return up(n_size, PANEL) / PANEL; }
-    const B* panel(int64_t index) const { return packed + index * panel_elements<B>(k_size); }
 
     // `sums`: of a row with a panel.
     void write(int64_t row, int64_t panel, const float* sums) const {
@@ -145,53 +144,91 @@ INLINE void for_blocks(const Team& team, int64_t num_rows, int64_t most, int64_t
         }
 }
 
+// A block of rows of x, read once and then multiplied by panels: `emit(row, sums)` is given each of
+// its rows, counted from the block's first, with the row's PANEL sums. By vectors.
 template <class B>
-static void dense_by_vectors(const Dense<B>& dense, const Team& team, int64_t num_rows) {
+struct VectorRows {
     using A = typename Factor<B>::type;
-    const int64_t k_size = dense.k_size, k_padded = up(k_size, PairsOf<B>::value);
-    const int64_t lda = k_padded + SHIFT;
-    float* c = (float*)team.scratch;
-    float* wide = c + BLOCK_ROWS * PANEL;
-    A* a = (A*)(wide + CHUNK * PANEL);
-    const int64_t row_bytes = lda * sizeof(A), room = SCRATCH_BYTES - ((char*)a - (char*)c);
-    int64_t most = min(BLOCK_BYTES / row_bytes / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
-    if (!most) most = max(1, min(MAX_ROWS, room / row_bytes));
-    for_blocks(
-        team, num_rows, most, min(MAX_ROWS, most), dense.panels(),
-        [&](int64_t first, int64_t rows) {
-            for (int64_t row = 0; row < rows; row++)
-                widen(dense.x + (first + row) * dense.x_stride, k_size, k_padded, a + row * lda);
-        },
-        [&](int64_t first, int64_t rows, int64_t panel) {
-            multiply_panel(a, lda, rows, dense.panel(panel), k_size, c, wide);
-            for (int64_t row = 0; row < rows; row++) dense.write(first + row, panel, c + row * PANEL);
-        });
-}
+    const B* packed;
+    int64_t k_size, k_padded, lda, most, rows = 0;
+    float *c, *wide;
+    A* a;
+
+    VectorRows(const B* packed, int64_t k_size, uint8_t* scratch)
+        : packed(packed), k_size(k_size), k_padded(up(k_size, PairsOf<B>::value)),
+          lda(k_padded + SHIFT), c((float*)scratch), wide(c + BLOCK_ROWS * PANEL),
+          a((A*)(wide + CHUNK * PANEL)) {
+        const int64_t row_bytes = lda * sizeof(A), room = SCRATCH_BYTES - ((char*)a - (char*)c);
+        most = min(BLOCK_BYTES / row_bytes / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
+        if (!most) most = max(1, min(MAX_ROWS, room / row_bytes));
+    }
+    int64_t grain() const { return min(MAX_ROWS, most); }
+
+    void read(const B* x, int64_t stride, int64_t count) {
+        rows = count;
+        for (int64_t row = 0; row < rows; row++)
+            widen(x + row * stride, k_size, k_padded, a + row * lda);
+    }
+    template <class Emit>
+    void multiply(int64_t panel, Emit emit) {
+        multiply_panel(a, lda, rows, packed + panel * panel_elements<B>(k_size), k_size, c, wide);
+        for (int64_t row = 0; row < rows; row++) emit(row, c + row * PANEL);
+    }
+};
 
 #ifdef TRIMARAN_AMX
-static void dense_by_tiles(const Dense<bf16>& dense, const Team& team, int64_t num_rows) {
-    const int64_t k_size = dense.k_size;
-    const TileScratch scratch(team);
-    const bool staging = needs_staging(num_rows, k_size);
+// The same by tiles, which are configured while it lives.
+struct TiledRows {
+    const bf16* packed;
+    int64_t k_size, rows = 0, most = 0;
+    TileScratch scratch;
+    bool staging = false;
     TileRows block{};
-    tile_configure();
+
+    TiledRows(const bf16* packed, int64_t k_size, const Team& team)
+        : packed(packed), k_size(k_size), scratch(team) {
+        tile_configure();
+    }
+    TiledRows(const TiledRows&) = delete;
+    ~TiledRows() { tile_release(); }
+    int64_t grain() const { return TILE_ROWS; }
+
+    // How many rows all blocks will have; comes before the first is read.
+    void expect(int64_t num_rows) {
+        staging = needs_staging(num_rows, k_size);
+        most = rows_of_block(k_size, staging);
+    }
+
+    void read(const bf16* x, int64_t stride, int64_t count) {
+        rows = count;
+        block = staging ? stage(x, stride, rows, k_size, scratch.staged) : TileRows{x, stride, rows};
+    }
+    template <class Emit>
+    void multiply(int64_t panel, Emit emit) {
+        const bf16* at = packed + panel * panel_elements<bf16>(k_size);
+        tiles_by_panel(block, at, k_size, scratch, [&](int64_t tile, const float* c) {
+            const int64_t origin = block.first_of(tile), end = min(TILE_ROWS, rows - origin);
+            for (int64_t row = tile * TILE_ROWS - origin; row < end; row++)
+                emit(origin + row, c + row * PANEL);
+        });
+    }
+};
+#endif
+
+// All rows by all panels; `block`: how.
+template <class B, class Block>
+static void multiply_dense(const Dense<B>& dense, const Team& team, int64_t num_rows, Block& block) {
     for_blocks(
-        team, num_rows, rows_of_block(k_size, staging), TILE_ROWS, dense.panels(),
+        team, num_rows, block.most, block.grain(), dense.panels(),
         [&](int64_t first, int64_t rows) {
-            const bf16* x = dense.x + first * dense.x_stride;
-            block = staging ? stage(x, dense.x_stride, rows, k_size, scratch.staged)
-                            : TileRows{x, dense.x_stride, rows};
+            block.read(dense.x + first * dense.x_stride, dense.x_stride, rows);
         },
-        [&](int64_t first, int64_t rows, int64_t panel) {
-            tiles_by_panel(block, dense.panel(panel), k_size, scratch, [&](int64_t tile, const float* c) {
-                const int64_t origin = block.first_of(tile), end = min(TILE_ROWS, rows - origin);
-                for (int64_t row = tile * TILE_ROWS - origin; row < end; row++)
-                    dense.write(first + origin + row, panel, c + row * PANEL);
+        [&](int64_t first, int64_t, int64_t panel) {
+            block.multiply(panel, [&](int64_t row, const float* sums) {
+                dense.write(first + row, panel, sums);
             });
         });
-    tile_release();
 }
-#endif
 
 // in: x [rows, K], packed weight, bias [N] or null, all of `element`. out: y [rows, N].
 // n: N, K, row stride of x, row stride of y.
@@ -202,10 +239,14 @@ static void linear_dense(const Call& call, const Team& team) {
         const Dense<B> dense(call);
 #ifdef TRIMARAN_AMX
         if constexpr (PairsOf<B>::value == 2)
-            if (num_rows >= TILES_FROM && fits_tiles(dense.k_size))
-                return dense_by_tiles(dense, team, num_rows);
+            if (num_rows >= TILES_FROM && fits_tiles(dense.k_size)) {
+                TiledRows block(dense.packed, dense.k_size, team);
+                block.expect(num_rows);
+                return multiply_dense(dense, team, num_rows, block);
+            }
 #endif
-        dense_by_vectors(dense, team, num_rows);
+        VectorRows<B> block(dense.packed, dense.k_size, team.scratch);
+        multiply_dense(dense, team, num_rows, block);
     });
 }
 

@@ -150,6 +150,8 @@ class ThreadCommunicator(Communicator):
         ("qwen3", 4),  # 2 kv heads on 4 ranks
         ("llama_biased", 2),  # 1 kv head on 2 ranks; biases on rows too
         ("qwen2", 2),  # a tied head, biases on columns
+        ("mixtral", 2),
+        ("qwen3_moe", 4),  # experts are split by their width
     ],
 )
 def test_split_over_ranks(variant: str, ranks: int) -> None:
@@ -165,7 +167,7 @@ def test_split_over_ranks(variant: str, ranks: int) -> None:
         assert_same(found, expected)
 
 
-@pytest.mark.parametrize("variant", ["qwen2", "llama3"])
+@pytest.mark.parametrize("variant", ["qwen2", "llama3", "qwen3_moe_mixed"])
 def test_pipeline_stages_equal_the_whole(variant: str, harness: Callable[..., Harness]) -> None:
     """A decoder built for a range of layers needs no change of the model."""
     one = harness("cpu", variant)

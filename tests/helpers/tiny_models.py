@@ -69,11 +69,36 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3": ("Qwen3", {"num_key_value_heads": 2}),
+    "mixtral": (
+        "Mixtral",
+        {"num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "num_key_value_heads": 2,
+            "num_experts": 12,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 96,
+            "norm_topk_prob": True,
+        },
+    ),
+    "qwen3_moe_mixed": (
+        "Qwen3Moe",
+        {
+            "num_key_value_heads": 1,
+            "num_experts": 5,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 80,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3_tied": ("Qwen3", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
 """Name → (class prefix in `transformers`, what differs from COMMON)."""
 
-FAMILIES = ("llama2", "llama3", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama2", "llama3", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 """One variant a family (two of Llama): for tests that cannot afford all."""
 
 

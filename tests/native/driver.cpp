@@ -5,6 +5,7 @@
 #include <map>
 
 #include "cases_attention.h"
+#include "cases_moe.h"
 #include "cases_quantized.h"
 #include "cases_rows.h"
 
@@ -34,6 +35,7 @@ const std::map<std::string, Cases>& table() {
         {"draw", draw},
         {"kv_write", kv_write},
         {"attention", attention},
+        {"moe", moe},
     };
     return cases;
 }

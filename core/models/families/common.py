@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from ...errors import ConfigError
 from ..fields import Fields
 from ..rope import read_rope
-from ..spec import DecoderSpec, LayerSpec, WeightNames
+from ..spec import DecoderSpec, ExpertsSpec, LayerSpec, WeightNames
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu_mul",
@@ -49,6 +50,7 @@ def read_decoder(
     *,
     head_dim: int | None = None,
     layers: tuple[LayerSpec, ...] | None = None,
+    names: WeightNames = NAMES,
     **differences: Any,
 ) -> DecoderSpec:
     """A Llama-shaped spec; a family passes what it does otherwise. `head_dim` is the default
@@ -75,9 +77,37 @@ def read_decoder(
         max_positions=config.size("max_position_embeddings"),
         activation=config.one_of("hidden_act", ACTIVATIONS, "silu"),
         tie_embeddings=config.flag("tie_word_embeddings", False),
-        names=NAMES,
+        names=names,
         **differences,
     )
+
+
+def with_experts(names: WeightNames, block: str, gate: str, up: str, down: str) -> WeightNames:
+    """`names` with those of experts: `block` is the layer's part that holds them and their router
+    (`gate`, in every family), the others are an expert's projections."""
+    at = f"model.layers.{{layer}}.{block}"
+    own = {
+        "router": f"{at}.gate",
+        "expert_gate": f"{at}.experts.{{expert}}.{gate}",
+        "expert_up": f"{at}.experts.{{expert}}.{up}",
+        "expert_down": f"{at}.experts.{{expert}}.{down}",
+    }
+    return dataclasses.replace(names, layer={**names.layer, **own})
+
+
+def read_experts(config: Fields, width: int, renormalize: bool) -> ExpertsSpec:
+    """Counts as `transformers` saves them, or as the configurations before its version 5 had them.
+    The experts' activation is SiLU."""
+    config.one_of("hidden_act", {"silu": "", "swish": ""}, "silu")
+    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    count, top_k = config.size(key), config.size("num_experts_per_tok")
+    if top_k > count:
+        raise ConfigError(
+            f"{config.where}: num_experts_per_tok={top_k} is more than the {count} experts that "
+            f"{key} gives.",
+            param="num_experts_per_tok",
+        )
+    return ExpertsSpec(count=count, top_k=top_k, width=width, renormalize=renormalize)
 
 
 def read_layer_types(config: Fields) -> tuple[LayerSpec, ...]:
