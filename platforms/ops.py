@@ -216,7 +216,8 @@ def copy(target: Tensor, source: Tensor) -> Tensor:
 
 
 def sample(scores: Tensor) -> Tensor:
-    """scores fp32 `[rows, vocab]` -> int64 `[rows]`: the highest score's index, the lowest such.
+    """scores fp32 `[rows, vocab]` -> int64 `[rows]`: the highest score's index, the lowest such. A
+    NaN counts as the highest: so the caller finds it.
 
     With Gumbel noise added to log-probabilities by the caller this draws from the distribution
     (Gumbel 1954; Maddison et al. 2014, section 2); without noise it is greedy.

@@ -168,13 +168,15 @@ class StagedSampling:
 
         A row whose logits hold NaN or +inf, or in which every token is banned, has failed.
         """
-        failed = ~logits.amax(-1).isfinite()
+        best = self.argmax(logits)
+        failed = _is_wrong(logits, best)
         raw = self._keep_raw(logits)
         for feature in self.features:
             feature.apply(logits)
         if self.features:
-            failed |= ~logits.amax(-1).isfinite()
-        token_ids = self._draw(logits).masked_fill_(failed, 0)
+            best = self.argmax(logits)
+            failed |= _is_wrong(logits, best)
+        token_ids = self._draw(logits, best).masked_fill_(failed, 0)
         for feature in self.features:
             feature.accept(token_ids)
         return Sampled(token_ids, failed, self._logprobs(raw, logits, token_ids))
@@ -186,11 +188,11 @@ class StagedSampling:
         whole = len(self.logprob_rows) == len(logits)
         return logits if whole and not self.features else logits[self.logprob_index]
 
-    def _draw(self, logits: Tensor) -> Tensor:
-        """Greedy rows by argmax, the others by noise. Processed log-probabilities want the
-        filtered logits: then they replace `logits`."""
+    def _draw(self, logits: Tensor, best: Tensor) -> Tensor:
+        """Greedy rows take the best token, the others draw by noise. Processed log-probabilities
+        want the filtered logits: then they replace `logits`."""
         if self.drawing is None:
-            return self.argmax(logits)
+            return best
         index, floats, ints = self.drawing.index, self.drawing.floats, self.drawing.ints
         chosen = logits if index is None else logits[index]
         token_ids, floor = self.draw(chosen, floats, ints, self.drawing.short)
@@ -200,7 +202,7 @@ class StagedSampling:
             logits[slice(None) if index is None else index] = scaled
         if index is None:
             return token_ids
-        return self.argmax(logits).index_copy_(0, index, token_ids)
+        return best.index_copy_(0, index, token_ids)
 
     def _logprobs(
         self, raw: Tensor | None, logits: Tensor, token_ids: Tensor
@@ -210,3 +212,8 @@ class StagedSampling:
         source = logits[self.logprob_index] if raw is None else raw
         chosen = token_ids[self.logprob_index]
         return gather_logprobs(self.device, source, chosen, max(self.logprob_counts))
+
+
+def _is_wrong(logits: Tensor, best: Tensor) -> Tensor:
+    """bool `[n]`: the highest logit of a row is no number (a NaN counts as the highest)."""
+    return ~logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
