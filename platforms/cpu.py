@@ -64,9 +64,8 @@ class CpuPlatform(Platform):
 
     def capabilities(self, device: int = 0) -> Capabilities:
         flags = host.cpu_flags()
-        bfloat16: Precision = "native" if flags & _BF16_FLAGS else "emulated"
         return Capabilities(
-            dtypes={"float32": "native", "bfloat16": bfloat16, "float16": "emulated"},
+            dtypes={"float32": "native", **_halves()},
             kv_dtypes=("float32", "bfloat16", "float16", *(() if unavailable() else ("int8",))),
             weight_formats=tuple(packer.format for packer in packers()),
             isa=host.isa(flags),
@@ -131,7 +130,7 @@ class CpuPlatform(Platform):
             "ipex": about_ipex(),
             "cores": str(host.physical_cores()),
             "threads": self._about_threads(),
-            "bfloat16": "native" if flags & _BF16_FLAGS else "emulated",
+            "bfloat16": _halves()["bfloat16"],
             "linear": f"bfloat16 by {road(torch.bfloat16)}",
             "ranks meet through": how_ranks_meet(),
         }
@@ -144,6 +143,16 @@ class CpuPlatform(Platform):
             return binding(default_threads()).about
         except ValueError as error:
             return str(error)
+
+
+def _halves() -> dict[str, Precision]:
+    """The own kernels read 16-bit weights at full speed whatever the instruction set, and compute
+    in fp32 where it has nothing better; torch is quick only where the processor multiplies
+    bfloat16."""
+    if not unavailable():
+        return {"bfloat16": "native", "float16": "native"}
+    bfloat16: Precision = "native" if host.cpu_flags() & _BF16_FLAGS else "emulated"
+    return {"bfloat16": bfloat16, "float16": "emulated"}
 
 
 def _threads_and_ranks(plan: Mapping[str, Any]) -> tuple[int, int]:
