@@ -18,8 +18,6 @@ namespace trimaran::ISA {
 constexpr int64_t KEYS = 128;       // in a chunk
 constexpr int64_t SPLIT = 512;      // keys; the same in platforms/cpu_attention.py
 constexpr int64_t TILE_MAX = 256;   // rows of a tile, likewise
-constexpr int64_t STRIP = 2 * W;    // columns of a widened panel
-constexpr int64_t WIDEN_FROM = 24;  // rows from which on widening a chunk once pays
 constexpr int64_t GAP = 16;         // elements between rows of A, so that they share no sets
 constexpr int64_t LD_SCORES = KEYS + GAP;
 constexpr float NEVER = -__builtin_inff();
@@ -107,7 +105,7 @@ struct Room {
     float* scores;  // [rows][LD_SCORES]
     A* weights;     // of the values, likewise; in the place of the scores where A is float
     float *key_scale, *value_scale;  // [KEYS]
-    float *wide_keys, *wide_values;
+    bf16* filled;   // [KEYS][D]: values of AMX steps that are not as they lie
     float *total, *part;  // states
 };
 template <class A>
@@ -116,9 +114,8 @@ INLINE Room<A> room_in(uint8_t* scratch, int64_t dim) {
     room.scores = (float*)scratch;
     room.key_scale = room.scores + TILE_MAX * LD_SCORES;
     room.value_scale = room.key_scale + KEYS;
-    room.wide_keys = room.value_scale + KEYS;
-    room.wide_values = room.wide_keys + KEYS * up(dim, STRIP);
-    room.total = room.wide_values + KEYS * up(dim, STRIP);
+    room.filled = (bf16*)(room.value_scale + KEYS);
+    room.total = (float*)(room.filled + KEYS * dim);
     room.part = room.total + state_floats(TILE_MAX, dim);
     room.query = (A*)(room.part + state_floats(TILE_MAX, dim));
     room.weights = sizeof(A) == sizeof(float) ? (A*)room.scores : room.query + TILE_MAX * (dim + GAP);
@@ -161,13 +158,12 @@ INLINE Chunk chunk_of(const Layer& layer, const Tile& tile, int64_t from, int64_
     return {from, to, rows, by_tiles};
 }
 
-// From a panel of values to the keys of the chunk behind this one, which are read next: in bytes.
+// The keys that are read after a panel of values: of the chunk behind this one.
 template <class C, class A>
-INLINE int64_t to_next_keys(const Work<A>& work, const C* values, int64_t key) {
+INLINE const C* next_keys(const Work<A>& work, int64_t key) {
     const Paging& at = work.layer.paging;
-    if (key + KEYS >= work.tile.end) return AHEAD;
-    const int64_t block = work.tile.blocks[(key + KEYS) / at.size];
-    return (const char*)panels_of<C>(work.layer.cache, at, block, work.head).key - (const char*)values;
+    if (key + KEYS >= work.tile.end) return nullptr;
+    return panels_of<C>(work.layer.cache, at, work.tile.blocks[(key + KEYS) / at.size], work.head).key;
 }
 
 // Calls body(panels, offset, count, column) for each block with keys of the chunk: `count` keys from
@@ -181,11 +177,6 @@ INLINE void for_blocks(const Work<A>& work, const Chunk& chunk, Body body) {
         body(panels_of<C>(work.layer.cache, at, block, work.head), offset, count, key - chunk.from);
         key += count;
     }
-}
-
-template <class A>
-INLINE bool widens(const Chunk& chunk) {
-    return sizeof(A) == sizeof(float) && chunk.rows.end - chunk.rows.begin >= WIDEN_FROM;
 }
 
 #ifdef TRIMARAN_AMX
@@ -211,7 +202,7 @@ static void weigh_by_tiles(const Work<bf16>& work, const Chunk& chunk, float* su
                 steps.at[step] = panel + key * at.dim;
                 continue;
             }
-            bf16* copy = (bf16*)work.room.wide_values + step * TILE_K * at.dim;
+            bf16* copy = work.room.filled + step * TILE_K * at.dim;
             steps.at[step] = copy;
             if (within == 0) __builtin_memset((void*)copy, 0, TILE_K * at.dim * sizeof(bf16));
             bf16* to = copy + within * at.dim;
@@ -228,44 +219,11 @@ static void weigh_by_tiles(const Work<bf16>& work, const Chunk& chunk, float* su
 }
 #endif
 
-// Columns of a panel of keys as floats, in strips [D][STRIP].
-template <class C>
-INLINE void widen_keys(const C* panel, const Paging& at, int64_t width, int64_t column, float* wide) {
-    for (int64_t c = 0; c < width; c += W) {
-        float* to = wide + (column + c) / STRIP * STRIP * at.dim + (column + c) % STRIP;
-        if constexpr (PairsOf<C>::value == 2)
-            for (int64_t d = 0; d < at.dim; d += 2) {
-                const vu both = load_pairs(panel + d * at.size + 2 * c);
-                store(to + d * STRIP, even(both));
-                store(to + (d + 1) * STRIP, odd(both));
-            }
-        else
-            for (int64_t d = 0; d < at.dim; d++) store(to + d * STRIP, load(panel + d * at.size + c));
-    }
-}
-
-// Rows of a panel of values as floats, in strips [KEYS][STRIP].
-template <class C>
-INLINE void widen_values(const C* panel, const Paging& at, int64_t count, int64_t column, float* wide) {
-    for (int64_t key = 0; key < count; key += PairsOf<C>::value)
-        for (int64_t d = 0; d < at.dim; d += W) {
-            float* to = wide + d / STRIP * STRIP * KEYS + (column + key) * STRIP + d % STRIP;
-            if constexpr (PairsOf<C>::value == 2) {
-                const vu both = load_pairs(panel + key * at.dim + 2 * d);
-                store(to, even(both));
-                store(to + STRIP, odd(both));
-            } else {
-                store(to, load(panel + key * at.dim + d));
-            }
-        }
-}
-
 // Queries times keys. Columns that hold no token yet are computed too, in steps of 16.
 template <class C, class A>
 static void score(const Work<A>& work, const Chunk& chunk) {
     const Paging& at = work.layer.paging;
     const Room<A>& room = work.room;
-    const bool wide = widens<A>(chunk);
     const int64_t lda = at.dim + GAP, rows = chunk.rows.end - chunk.rows.begin;
     const A* query = room.query + chunk.rows.begin * lda;
     float* scores = room.scores + chunk.rows.begin * LD_SCORES;
@@ -276,21 +234,13 @@ static void score(const Work<A>& work, const Chunk& chunk) {
             __builtin_memcpy(room.key_scale + column, block.key_scale + offset, width * sizeof(float));
             __builtin_memcpy(room.value_scale + column, block.value_scale + offset, width * sizeof(float));
         }
-        if (wide) return widen_keys(panel, at, width, column, room.wide_keys);
 #ifdef TRIMARAN_AMX
         if constexpr (sizeof(A) == sizeof(bf16))
             if (chunk.tiled) return score_by_tiles(query, rows, panel, at, width, scores + column);
 #endif
         product(query, lda, rows, panel, at.size, width, at.dim, scores + column, LD_SCORES, false,
-                (const char*)block.value - (const char*)block.key);
+                block.value);
     });
-    if constexpr (sizeof(A) == sizeof(float))
-        if (wide) {
-            const int64_t width = up(chunk.to - chunk.from, 16);
-            for (int64_t c = 0; c < width; c += STRIP)
-                product(query, lda, rows, (const float*)room.wide_keys + c * at.dim, STRIP,
-                        min(STRIP, width - c), at.dim, scores + c, LD_SCORES);
-        }
 }
 
 INLINE vi lanes_from(int64_t first) {
@@ -377,7 +327,6 @@ static void weigh(const Work<A>& work, const Chunk& chunk, State state) {
     constexpr int64_t P = PairsOf<C>::value;
     const Paging& at = work.layer.paging;
     const Room<A>& room = work.room;
-    const bool wide = widens<A>(chunk);
     const int64_t rows = chunk.rows.end - chunk.rows.begin;
     const A* weights = room.weights + chunk.rows.begin * LD_SCORES;
     state.sum += chunk.rows.begin * at.dim;
@@ -387,19 +336,13 @@ static void weigh(const Work<A>& work, const Chunk& chunk, State state) {
 #endif
     for_blocks<C>(work, chunk, [&](const Panels<C>& block, int64_t offset, int64_t count, int64_t column) {
         const C* panel = block.value + offset * at.dim;
-        if (wide) return widen_values(panel, at, count, column, room.wide_values);
         const int64_t whole = count / P * P;
         product(weights + column, LD_SCORES, rows, panel, at.dim, at.dim, whole, state.sum, at.dim, true,
-                to_next_keys(work, block.value, chunk.from + column));
+                next_keys<C>(work, chunk.from + column));
         if constexpr (P == 2)
             if (whole < count)
                 weigh_half_pair(weights + column + whole, rows, panel + whole * at.dim, state);
     });
-    if constexpr (sizeof(A) == sizeof(float))
-        if (wide)
-            for (int64_t d = 0; d < at.dim; d += STRIP)
-                product(weights, LD_SCORES, rows, (const float*)room.wide_values + d * KEYS, STRIP,
-                        min(STRIP, at.dim - d), chunk.to - chunk.from, state.sum + d, at.dim, true);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -488,9 +431,9 @@ static void run_merges(const Call& call, const Team& team, const Layer& layer, c
 }
 
 // in: queries [rows, heads, D] of `element`, the cache, a plan (null: that of cache group n[9], from
-// the run), the slopes of ALiBi [heads] in f32 (null: none). out: [rows, heads, D]; rows that no query of the plan has are left alone. n: kv_heads,
-// D, block size, heads, window (0: none), causal, row stride of the queries, of out, the cache's
-// element, cache group. f: scale, softcap (0: none).
+// the run), the slopes of ALiBi [heads] in f32 (null: none). out: [rows, heads, D]; rows that no
+// query of the plan has are left alone. n: kv_heads, D, block size, heads, window (0: none), causal,
+// row stride of the queries, of out, the cache's element, cache group. f: scale, softcap (0: none).
 static void attention(const Call& call, const Team& team) {
     const int64_t* n = call.n;
     const Layer layer{{n[0], n[1], n[2]}, n[3] / n[0], n[4], n[5] != 0, call.f[0], call.f[1], call.in[1],

@@ -14,7 +14,7 @@
 namespace trimaran::ISA {
 
 constexpr int64_t QUAD = 4;
-constexpr int64_t FAR_AHEAD = 2048;  // bytes that codes are fetched ahead
+constexpr int64_t CODES_AHEAD = 2048;  // bytes that codes are fetched ahead
 constexpr int64_t DEPTH = 64;  // inputs that an AMX tile of int8 has
 
 // ---------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ constexpr int vectors_of(int sums) {
 // Fetches what comes soon after a panel's row of quads in as many columns.
 template <int VECTORS, class T>
 INLINE void fetch_ahead(const T* codes) {
-    UNROLL for (int i = 0; i < VECTORS * W * QUAD; i += 64) __builtin_prefetch(codes + FAR_AHEAD + i);
+    UNROLL for (int i = 0; i < VECTORS * W * QUAD; i += 64) __builtin_prefetch(codes + CODES_AHEAD + i);
 }
 
 // c [MR, PANEL] = tokens times a panel of codes.

@@ -13,8 +13,6 @@ namespace trimaran::ISA {
 
 constexpr int64_t BLOCK_BYTES = 1 << 20;  // most bytes of A at once
 constexpr int64_t BLOCK_ROWS = 144;
-constexpr int64_t CHUNK = 512;      // of K, that a panel is widened in
-constexpr int64_t WIDEN_ROWS = 24;  // from so many rows on, widening a panel once pays
 constexpr int64_t SHIFT = 16;  // elements that rows of A are shifted, so that they share no sets
 
 template <class B>
@@ -62,35 +60,6 @@ INLINE void widen(const X* x, int64_t k_size, int64_t k_padded, A* a) {
     for (; k + W <= k_size; k += W) store(a + k, load(x + k));
     if (k < k_size) store_part(a + k, load_part(x + k, k_size - k), k_size - k);
     for (k = k_size; k < k_padded; k++) a[k] = A{};
-}
-
-// Packed rows of a panel as floats, [K][PANEL].
-INLINE void widen_rows(const bf16* packed, int64_t pairs, float* wide) {
-    for (int64_t p = 0; p < pairs; p++, packed += 2 * PANEL, wide += 2 * PANEL)
-        for (int64_t n = 0; n < PANEL; n += W) {
-            const vu both = load_pairs(packed + 2 * n);
-            store(wide + n, even(both));
-            store(wide + PANEL + n, odd(both));
-        }
-}
-template <class B>
-INLINE void widen_rows(const B* packed, int64_t rows, float* wide) {
-    for (int64_t i = 0; i < rows * PANEL; i += W) store(wide + i, load(packed + i));
-}
-
-// c [rows, PANEL] = a [rows, K] times a panel. With many rows the panel's 16-bit numbers are widened
-// once, a chunk of K at a time, instead of in each tile; the sums are the same.
-template <class A, class B>
-INLINE void multiply_panel(const A* a, int64_t lda, int64_t rows, const B* panel, int64_t k_size,
-                           float* c, float* wide) {
-    constexpr int64_t P = PairsOf<B>::value;
-    if (sizeof(B) == sizeof(float) || sizeof(A) < sizeof(float) || rows < WIDEN_ROWS)
-        return product(a, lda, rows, panel, PANEL, PANEL, k_size, c, PANEL);
-    for (int64_t k = 0; k < k_size; k += CHUNK) {
-        const int64_t size = min(CHUNK, k_size - k);
-        widen_rows(panel + k * PANEL, (size + P - 1) / P, wide);
-        product((const float*)a + k, lda, rows, (const float*)wide, PANEL, PANEL, size, c, PANEL, k > 0);
-    }
 }
 
 // One row of a panel's results, and the columns of y they belong to.
@@ -151,13 +120,12 @@ struct VectorRows {
     using A = typename Factor<B>::type;
     const B* packed;
     int64_t k_size, k_padded, lda, most, rows = 0;
-    float *c, *wide;
+    float* c;
     A* a;
 
     VectorRows(const B* packed, int64_t k_size, uint8_t* scratch)
         : packed(packed), k_size(k_size), k_padded(up(k_size, PairsOf<B>::value)),
-          lda(k_padded + SHIFT), c((float*)scratch), wide(c + BLOCK_ROWS * PANEL),
-          a((A*)(wide + CHUNK * PANEL)) {
+          lda(k_padded + SHIFT), c((float*)scratch), a((A*)(c + BLOCK_ROWS * PANEL)) {
         const int64_t row_bytes = lda * sizeof(A), room = SCRATCH_BYTES - ((char*)a - (char*)c);
         most = min(BLOCK_BYTES / row_bytes / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
         if (!most) most = max(1, min(MAX_ROWS, room / row_bytes));
@@ -171,7 +139,8 @@ struct VectorRows {
     }
     template <class Emit>
     void multiply(int64_t panel, Emit emit) {
-        multiply_panel(a, lda, rows, packed + panel * panel_elements<B>(k_size), k_size, c, wide);
+        const B* b = packed + panel * panel_elements<B>(k_size);
+        product(a, lda, rows, b, PANEL, PANEL, k_size, c, PANEL);
         for (int64_t row = 0; row < rows; row++) emit(row, c + row * PANEL);
     }
 };

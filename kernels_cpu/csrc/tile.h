@@ -42,38 +42,37 @@ struct Factor<bf16> {
 };
 #endif
 
-constexpr int64_t AHEAD = 1024;  // bytes that a stream of weights is fetched ahead
-
-// The lines that `bytes` at `at` lie in, to the L1 cache, or to L2 from `FAR` times as far: rows that
-// share a panel read it several times, and only the first time from memory.
-constexpr int64_t FAR = 4;
-template <int bytes, bool far>
-INLINE void fetch(const char* b, int64_t ahead) {
-    UNROLL for (int line = 0; line < bytes; line += 64)
-        __builtin_prefetch(b + (far ? FAR * ahead : ahead) + line, 0, far ? 2 : 3);
-}
-// Bytes of B that are fetched with each step of k: with several rows the tile's neighbours too.
-template <class B, int MR, int NV>
-constexpr int fetched() {
-    constexpr int own = NV * W * PairsOf<B>::value * (int)sizeof(B);
-    return MR > 1 && own < 128 ? 128 : own;
+// What is read after B is fetched into the L2 cache meanwhile: `stride` bytes with each step of k.
+struct Ahead {
+    const char* at;
+    int64_t stride;
+};
+constexpr int64_t LINE = 64;
+template <int MR>
+INLINE void fetch(Ahead& ahead) {
+    __builtin_prefetch(ahead.at, 0, 2);
+    if (MR <= 2) __builtin_prefetch(ahead.at + LINE, 0, 2);  // one pass reads a panel's whole rows
+    ahead.at += ahead.stride;
 }
 
 // acc[m][v] += sum over k of a[m * lda + k] * b[k][v * W ...]; `columns`: of a row of B. K is even
-// where B is in pairs. `ahead`: bytes from B to what is read next.
+// where B is in pairs.
 template <class B, int MR, int NV>
 INLINE void multiply(const float* a, int64_t lda, const B* b, int64_t columns, int64_t k_size,
-                     vf (&acc)[MR][NV], int64_t ahead) {
+                     vf (&acc)[MR][NV], Ahead ahead) {
     // The vectors of B first, then row by row: all of them, one factor and the sums fit the registers.
     vf row[NV];
     const auto add_row = [&](int64_t k) __attribute__((always_inline)) {
         UNROLL for (int m = 0; m < MR; m++) {
             const vf factor = splat(a[m * lda + k]);
-            UNROLL for (int v = 0; v < NV; v++) acc[m][v] = fma(factor, row[v], acc[m][v]);
+            UNROLL for (int v = 0; v < NV; v++) {
+                acc[m][v] = fma(factor, row[v], acc[m][v]);
+                in_place(acc[m][v]);
+            }
         }
     };
     for (int64_t k = 0; k < k_size; k += PairsOf<B>::value, b += PairsOf<B>::value * columns) {
-        fetch<fetched<B, MR, NV>(), (MR > 1)>((const char*)b, ahead);
+        fetch<MR>(ahead);
         if constexpr (PairsOf<B>::value == 2) {
             UNROLL for (int v = 0; v < NV; v++) row[v] = even(load_pairs(b + 2 * v * W));
             add_row(k);
@@ -90,9 +89,9 @@ INLINE void multiply(const float* a, int64_t lda, const B* b, int64_t columns, i
 // dpbf16 adds the pair's products in one step: the order is that of the pairs.
 template <int MR, int NV>
 INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns, int64_t k_size,
-                     vf (&acc)[MR][NV], int64_t ahead) {
+                     vf (&acc)[MR][NV], Ahead ahead) {
     for (int64_t k = 0; k < k_size; k += 2, b += 2 * columns) {
-        fetch<fetched<bf16, MR, NV>(), (MR > 1)>((const char*)b, ahead);
+        fetch<MR>(ahead);
         UNROLL for (int m = 0; m < MR; m++) {
             uint32_t pair;
             __builtin_memcpy(&pair, a + m * lda + k, 4);
@@ -103,11 +102,30 @@ INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns,
 }
 #endif
 
+// Rows of B that all tiles go through before the next ones: they stay in the L1 cache. Few tiles wait
+// for memory, so what is fetched ahead for them comes soon; many pay more for going through twice.
+template <class B>
+constexpr int64_t depth(int64_t tiles) { return (tiles <= 2 ? 256 : 1024) / sizeof(B); }
+
+// Shares out what is fetched ahead among the passes through a part of B.
+struct Fetcher {
+    const char* at;
+    int64_t stride, size;  // of a step, of a pass
+
+    Fetcher(const void* at, int64_t bytes, int64_t passes, int64_t steps)
+        : at((const char*)at), stride((bytes + passes * steps - 1) / (passes * steps)), size(steps * stride) {}
+    Ahead share() {
+        const Ahead ahead{at, stride};
+        at += size;
+        return ahead;
+    }
+};
+
 // c[m * ldc + column] = sum over k of a[m * lda + k] * b[k][column]; with `add`, the sum starts from
 // what stands in c. `width`: columns of C, a multiple of W.
 template <int MR, int NV, class A, class B>
 INLINE void columns_at(const A* a, int64_t lda, const B* b, int64_t columns, int64_t k_size, float* c,
-                       int64_t ldc, bool add, int64_t ahead) {
+                       int64_t ldc, bool add, Ahead ahead) {
     vf acc[MR][NV] = {};
     if (add)
         UNROLL for (int m = 0; m < MR; m++)
@@ -118,33 +136,41 @@ INLINE void columns_at(const A* a, int64_t lda, const B* b, int64_t columns, int
 }
 template <int MR, class A, class B>
 static void tile(const A* a, int64_t lda, const B* b, int64_t columns, int64_t width, int64_t k_size,
-                 float* c, int64_t ldc, bool add, int64_t ahead) {
+                 float* c, int64_t ldc, bool add, Fetcher& fetcher) {
     constexpr int NV = vectors_for(MR), P = PairsOf<B>::value;
     int64_t at = 0;
     for (; at + NV * W <= width; at += NV * W)
-        columns_at<MR, NV>(a, lda, b + at * P, columns, k_size, c + at, ldc, add, ahead);
+        columns_at<MR, NV>(a, lda, b + at * P, columns, k_size, c + at, ldc, add, fetcher.share());
     for (; at < width; at += W)
-        columns_at<MR, 1>(a, lda, b + at * P, columns, k_size, c + at, ldc, add, ahead);
+        columns_at<MR, 1>(a, lda, b + at * P, columns, k_size, c + at, ldc, add, fetcher.share());
 }
 
-// The same for any number of rows, in tiles of nearly equal height.
+// The same for any number of rows, in tiles of nearly equal height. `next`: what is read after B, and
+// of the same size; null: what lies behind it.
 template <class A, class B>
 static void product(const A* a, int64_t lda, int64_t rows, const B* b, int64_t columns,
                     int64_t width, int64_t k_size, float* c, int64_t ldc, bool add = false,
-                    int64_t ahead = AHEAD) {
+                    const void* next = nullptr) {
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int64_t t = 0; t < tiles; t++) {
-        const Range part = part_of(rows, t, tiles);
-        const A* from = a + part.begin * lda;
-        float* to = c + part.begin * ldc;
-        switch (part.end - part.begin) {
+    const int64_t passes = tiles * ((width + vectors_for(rows) * W - 1) / (vectors_for(rows) * W));
+    for (int64_t k = 0; k < k_size; k += depth<B>(tiles)) {
+        const int64_t size = min(depth<B>(tiles), k_size - k);
+        const B *part = b + k * columns, *after = part + size * columns;
+        Fetcher fetcher(next && k + size == k_size ? next : after, (char*)after - (char*)part, passes,
+                        (size + PairsOf<B>::value - 1) / PairsOf<B>::value);
+        for (int64_t t = 0; t < tiles; t++) {
+            const Range part_rows = part_of(rows, t, tiles);
+            const A* from = a + part_rows.begin * lda + k;
+            float* to = c + part_rows.begin * ldc;
+            switch (part_rows.end - part_rows.begin) {
 #define HEIGHT(MR) \
-    case MR: tile<MR>(from, lda, b, columns, width, k_size, to, ldc, add, ahead); break;
-            HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
+    case MR: tile<MR>(from, lda, part, columns, width, size, to, ldc, add || k, fetcher); break;
+                HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)
 #ifdef TRIMARAN_WIDE
-            HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
+                HEIGHT(7) HEIGHT(8) HEIGHT(9) HEIGHT(10) HEIGHT(11) HEIGHT(12)
 #endif
 #undef HEIGHT
+            }
         }
     }
 }
