@@ -11,6 +11,8 @@
 
 namespace trimaran::ISA {
 
+constexpr int64_t CHUNK = 512;      // inputs of a group, that a panel is widened in
+constexpr int64_t WIDEN_ROWS = 24;  // from so many rows on, widening a panel once pays
 constexpr int PLACES = 4;  // codes in half a lane
 constexpr float CODE_RANGE = 16;
 
