@@ -14,7 +14,6 @@
 namespace trimaran::ISA {
 
 constexpr int64_t QUAD = 4;
-constexpr int64_t CODES_AHEAD = 2048;  // bytes that codes are fetched ahead
 constexpr int64_t DEPTH = 64;  // inputs that an AMX tile of int8 has
 
 // ---------------------------------------------------------------------------------------------
@@ -164,7 +163,21 @@ constexpr int vectors_of(int sums) {
     return fit >= PANEL / W ? PANEL / W : fit >= 2 ? 2 : 1;
 }
 
-// Fetches what comes soon after a panel's row of quads in as many columns.
+// Bytes of a panel that all columns go through before the next ones: they stay in the L1 cache, and
+// those are fetched into L2 meanwhile, with each step of NV vectors as much as it reads.
+constexpr int64_t PART = 8 << 10;
+template <int NV>
+struct NextPart {
+    const char* at;
+};
+template <int NV>
+INLINE void fetch(NextPart<NV>& next) {
+    UNROLL for (int i = 0; i < NV * W * QUAD; i += 64) __builtin_prefetch(next.at + i, 0, 2);
+    next.at += NV * W * QUAD;
+}
+
+// What goes through a panel once fetches as many columns of it, some lines ahead.
+constexpr int64_t CODES_AHEAD = 2048;
 template <int VECTORS, class T>
 INLINE void fetch_ahead(const T* codes) {
     UNROLL for (int i = 0; i < VECTORS * W * QUAD; i += 64) __builtin_prefetch(codes + CODES_AHEAD + i);
@@ -182,13 +195,34 @@ struct Int8Weight {
 
     template <int MR>
     void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
+        constexpr int P = Int8::PARTS;
+        vi sums[MR][PANEL / W * P] = {};
+        for (int64_t first = 0; first < k_size; first += PART / PANEL)
+            add_part<MR>(x.codes + first * MR, codes + origin * k_size + first * PANEL,
+                         min(PART / PANEL, k_size - first), sums);
+        UNROLL for (int m = 0; m < MR; m++)
+            UNROLL for (int v = 0; v < PANEL / W; v++) {
+                const int64_t n = v * W;
+                const vi total = Int8::total(&sums[m][v * P], corrections + origin + n);
+                const vf scale = splat(x.scales[m]) * load(scales + origin + n);
+                store(c + m * PANEL + n, __builtin_convertvector(total, vf) * scale);
+            }
+    }
+
+    // total += `size` inputs of a panel.
+    template <int MR>
+    INLINE void add_part(const Code* tokens, const int8_t* part, int64_t size,
+                         vi (&total)[MR][PANEL / W * Int8::PARTS]) {
         constexpr int NV = vectors_of(MR * Int8::PARTS), P = Int8::PARTS, STEP = W * QUAD / P;
+        NextPart<NV> next{(const char*)(part + size * PANEL)};
         for (int64_t at = 0; at < PANEL; at += NV * W) {
-            const int8_t* column = codes + origin * k_size + at * QUAD;
-            const Code* token = x.codes;
-            vi sums[MR][NV * P] = {};
-            for (int64_t k = 0; k < k_size; k += QUAD, column += PANEL * QUAD, token += MR * QUAD) {
-                fetch_ahead<NV>(column);
+            const int8_t* column = part + at * QUAD;
+            const Code* token = tokens;
+            vi sums[MR][NV * P];
+            UNROLL for (int m = 0; m < MR; m++)
+                UNROLL for (int v = 0; v < NV * P; v++) sums[m][v] = total[m][at / W * P + v];
+            for (int64_t k = 0; k < size; k += QUAD, column += PANEL * QUAD, token += MR * QUAD) {
+                fetch(next);
                 decltype(Int8::weight(column)) weight[NV * P];
                 UNROLL for (int v = 0; v < NV * P; v++) weight[v] = Int8::weight(column + v * STEP);
                 UNROLL for (int m = 0; m < MR; m++) {
@@ -198,12 +232,7 @@ struct Int8Weight {
                 }
             }
             UNROLL for (int m = 0; m < MR; m++)
-                UNROLL for (int v = 0; v < NV; v++) {
-                    const int64_t n = at + v * W;
-                    const vi total = Int8::total(&sums[m][v * P], corrections + origin + n);
-                    const vf scale = splat(x.scales[m]) * load(scales + origin + n);
-                    store(c + m * PANEL + n, __builtin_convertvector(total, vf) * scale);
-                }
+                UNROLL for (int v = 0; v < NV * P; v++) total[m][at / W * P + v] = sums[m][v];
         }
     }
 };
@@ -240,7 +269,8 @@ struct Int4Weight {
 
     // dots += a run of inputs.
     template <int MR, int NV>
-    INLINE void add_run(const Code* token, const uint8_t* column, vi (&dots)[MR][NV]) {
+    INLINE void add_run(const Code* token, const uint8_t* column, NextPart<NV>& next,
+                        vi (&dots)[MR][NV]) {
         Int4::Sums sums[MR][NV] = {};
         const auto add_quad = [&](const Code* x, vu8 (&halves)[NV]) __attribute__((always_inline)) {
             UNROLL for (int m = 0; m < MR; m++) {
@@ -252,7 +282,7 @@ struct Int4Weight {
             }
         };
         UNROLL for (int64_t k = 0; k < Int4::RUN; k += 2 * QUAD, column += PANEL * QUAD) {
-            fetch_ahead<NV>(column);
+            fetch(next);
             vu8 half[NV];
             UNROLL for (int v = 0; v < NV; v++) half[v] = low_halves(column + v * W * QUAD);
             add_quad(token + k * MR, half);
@@ -265,16 +295,32 @@ struct Int4Weight {
 
     template <int MR>
     void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
+        const int64_t groups = k_size / group, at_once = max(1, 2 * PART / PANEL / group);
+        for (int64_t first = 0; first < groups; first += at_once)
+            add_groups<MR>(x, origin, {first, min(groups, first + at_once)}, c);
+        for (int m = 0; m < MR; m++)
+            for (int64_t n = 0; n < PANEL; n += W)
+                store(c + m * PANEL + n, load(c + m * PANEL + n) * x.scales[m]);
+    }
+
+    // c += groups of inputs; the first are what it starts from.
+    template <int MR>
+    void add_groups(const Tokens<Code>& x, int64_t origin, Range part, float* c) const {
         constexpr int NV = vectors_of(MR);
         const int64_t groups = k_size / group;
+        const uint8_t* panel = codes + origin * k_size / 2;
+        NextPart<NV> next{(const char*)(panel + part.end * group / 2 * PANEL)};
         for (int64_t at = 0; at < PANEL; at += NV * W) {
-            const uint8_t* column = codes + origin * k_size / 2 + at * QUAD;
-            const Code* token = x.codes;
+            const uint8_t* column = panel + part.begin * group / 2 * PANEL + at * QUAD;
+            const Code* token = x.codes + part.begin * group * MR;
             vf y[MR][NV] = {};
-            for (int64_t g = 0; g < groups; g++) {
+            if (part.begin)
+                UNROLL for (int m = 0; m < MR; m++)
+                    UNROLL for (int v = 0; v < NV; v++) y[m][v] = load(c + m * PANEL + at + v * W);
+            for (int64_t g = part.begin; g < part.end; g++) {
                 vi dots[MR][NV] = {};
                 for (int64_t k = 0; k < group; k += Int4::RUN) {
-                    add_run(token, column, dots);
+                    add_run(token, column, next, dots);
                     token += Int4::RUN * MR;
                     column += Int4::RUN / 2 * PANEL;
                 }
@@ -289,8 +335,7 @@ struct Int4Weight {
                 }
             }
             UNROLL for (int m = 0; m < MR; m++)
-                UNROLL for (int v = 0; v < NV; v++)
-                    store(c + m * PANEL + at + v * W, y[m][v] * x.scales[m]);
+                UNROLL for (int v = 0; v < NV; v++) store(c + m * PANEL + at + v * W, y[m][v]);
         }
     }
 };
