@@ -23,7 +23,7 @@ PREFILL_TOKENS = 2048
 class Load:
     """What one rank reads and computes. `read_bytes`: weights of a step that uses every expert;
     `expert_bytes`: the routed experts' part of it. `cache`: as the platform lays out keys and
-    values, the scales of quantized ones included."""
+    values, the scales of quantized ones included where the platform answers."""
 
     facts: ModelFacts
     parameters: Parameters

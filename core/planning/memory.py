@@ -73,6 +73,7 @@ class PackingSizes(OpBinder):
         super().__init__(real.platform, device, quantization=real.quantization)
         self._real = real
         self.packed = 0  # bytes of packed layouts, beside what the device allocated
+        self.experts = 0  # bytes of weights that the op `moe` reads, packed or as they are
         self._kept: list[Tensor] = []
 
     def bind(self, op: str, dtype: torch.dtype, weight_format: str = DENSE, /, **sizes: int) -> Any:
@@ -108,9 +109,16 @@ class PackingSizes(OpBinder):
             if shared and scheme != PLAIN:
                 weight = self.device.alloc(shape, weight.dtype, tag="weights")
             self._kept.append(weight)
+            self._count_experts(use, weight.numel() * weight.element_size())
             return PackedWeight(DENSE, shape, (weight,))
-        self.packed += scheme.canonical_bytes(shape) if size is None else size
+        size = scheme.canonical_bytes(shape) if size is None else size
+        self.packed += size
+        self._count_experts(use, size)
         return PackedWeight("planned", shape, ())
+
+    def _count_experts(self, use: WeightUse, size: int) -> None:
+        if use.op == "moe":
+            self.experts += size
 
     def keeps(self, table: Tensor) -> bool:
         """Was this very tensor to be packed, and is read as it is?"""
@@ -120,9 +128,11 @@ class PackingSizes(OpBinder):
 @dataclass(frozen=True, slots=True)
 class RankMemory:
     """Bytes of one rank. `matrices`: linear layers as the platform holds them, the head included
-    unless it is the embedding's own table (`head_is_table`); `vectors`: norms and biases."""
+    unless it is the embedding's own table (`head_is_table`); `experts`: of `matrices`, what a
+    mixture's experts take; `vectors`: norms and biases."""
 
     matrices: int
+    experts: int
     embedding: int
     vectors: int
     rope: int
@@ -206,6 +216,7 @@ def rank_memory(
     kept = sizes["weights"] - embedding - rope - vectors
     return RankMemory(
         matrices=kept + packing.packed,
+        experts=packing.experts,
         embedding=embedding,
         vectors=vectors,
         rope=rope,
@@ -242,14 +253,17 @@ def activation_bytes(
     spec: DecoderSpec, dtype: torch.dtype, *, ranks: int, tokens: int, logits: int
 ) -> int:
     """The most that intermediate tensors of a step of `tokens` take at once, `logits` rows of
-    which yield scores: the widest point of a layer, or the head. What an implementation takes
-    inside one op is its own matter and not in it."""
+    which yield scores: the widest point of a layer (of experts: with its rows sorted by them), or
+    the head. What else an implementation takes inside one op is its own matter and not in it."""
     heads, kv_heads = spec.rank_heads(ranks)
     hidden, width, dim = spec.hidden_size, spec.intermediate_size // ranks, spec.head_dim
     # Each time the residual stream and its normed form live on beside the widest point.
     qkv = (heads + 2 * kv_heads) * dim
     attention = 2 * hidden + qkv + (heads + kv_heads) * dim + heads * dim
-    feed_forward = 2 * hidden + 3 * width
+    widths = [3 * width] if any(one.feed_forward == "gated" for one in spec.layers) else [0]
+    if spec.experts is not None:  # the rows of each token, once for every expert it goes through
+        widths.append(spec.experts.top_k * (hidden + spec.experts.width // ranks))
+    feed_forward = 2 * hidden + max(widths)
     layer = tokens * max(attention, feed_forward) * dtype.itemsize
     # Scores in the model's dtype, then in fp32.
     scores = dtype.itemsize + torch.float32.itemsize if dtype != torch.float32 else dtype.itemsize

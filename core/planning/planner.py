@@ -141,16 +141,12 @@ class _Planner:
     def _plain_group(self) -> GroupSize:
         """A cache of blocks without padding, for models that have no layers here."""
         (shape,) = self._facts.attention
-        share = shape.kv_elements * self._settings.kv_dtype.itemsize // self._kv_split
+        # Ranks keep different heads; a compressed vector is kept by each.
+        heads = int(self._facts.config.get("num_key_value_heads") or 1)
+        split = 1 if self._facts.config.get("kv_lora_rank") else min(self._settings.ranks, heads)
+        share = shape.kv_elements * self._settings.kv_dtype.itemsize // split
         group = LayerGroup("full", tuple(range(shape.layers)), shape.window)
         return GroupSize(group, BLOCK, share * BLOCK * shape.layers)
-
-    @property
-    def _kv_split(self) -> int:
-        """Ranks that keep different heads; a compressed vector is kept by each."""
-        spec, config = self._facts.spec, self._facts.config
-        heads = spec.num_kv_heads if spec else int(config.get("num_key_value_heads") or 1)
-        return 1 if config.get("kv_lora_rank") else min(self._settings.ranks, heads)
 
     def _rank_memory(self, spec: DecoderSpec, binder: OpBinder) -> RankMemory:
         settings = self._settings
@@ -348,16 +344,16 @@ class _Planner:
 
     def _load(self) -> Load:
         settings, memory, one = self._settings, self._memory, self._parameters
-        itemsize = settings.dtype.itemsize
         if memory is not None:
-            read: float = memory.read_per_step
+            read, experts = float(memory.read_per_step), float(memory.experts)
         else:
-            read = (one.body + one.head) * itemsize / settings.ranks
+            share = settings.dtype.itemsize / settings.ranks
+            read, experts = (one.body + one.head) * share, one.experts * share
         return Load(
             facts=self._facts,
             parameters=one,
             read_bytes=read,
-            expert_bytes=one.experts * itemsize / settings.ranks,
+            expert_bytes=experts,
             cache=self._sizes,
             ranks=settings.ranks,
         )

@@ -24,6 +24,8 @@ from trimaran.core.planning.planner import plan
 from trimaran.core.planning.started import describe_memory, differs
 from trimaran.core.planning.targets import Target, find_targets
 from trimaran.core.resolve import resolve
+from trimaran.kernels_cpu.library import unavailable
+from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_linear import CpuDensePacker, fbgemm_refusal
 from trimaran.platforms.cpu_roofline import measured_roofline
 from trimaran.platforms.interface import (
@@ -178,6 +180,19 @@ def test_a_cache_in_int8_is_read_with_its_scales() -> None:
     assert found.value("limits", "decode, batch 1") == pytest.approx(1 / one, rel=1e-5)
 
 
+@pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+@pytest.mark.parametrize("flops", [{"bfloat16": 1e14}, {}])
+def test_experts_are_read_as_they_are_packed(flops: dict[str, float]) -> None:
+    platform = CpuPlatform()  # which has packers of int8
+    line = Roofline(1e12, flops, "a made-up data sheet")
+    device = DeviceSpec("toy", "Toy 9000", "t9", 80 * GIB, line, platform.capabilities())
+    args = args_of("mixtral-8x7b", dtype="bfloat16", quantization="int8")
+    found = plan(read_model(args), args, Target.of_described(platform, device), context=512)
+    active = found.value("parameters", "used by a token")  # a byte each
+    tokens = found.value("limits", "decode, batch 1")
+    assert active and tokens and 1e12 / (2 * active) < tokens < 1e12 / active
+
+
 def test_a_context_beyond_the_model_is_refused() -> None:
     args = args_of("llama-3.1-8b")
     with pytest.raises(ConfigError, match="context is 999999, but a sequence has at most 131072"):
@@ -299,6 +314,14 @@ def test_activations_grow_with_tokens_and_logits() -> None:
 
     assert peak(2048, 1) == 2048 * (2 * 1024 + 3 * 3072) * 4
     assert peak(1, 64) == 1024 * 4 + 64 * 151_936 * 4
+
+
+@pytest.mark.parametrize(("ranks", "width"), [(1, 768), (4, 192)])
+def test_each_token_has_a_row_for_every_expert_that_it_goes_through(ranks: int, width: int) -> None:
+    spec = read_model(args_of("qwen3-30b-a3b")).spec
+    assert spec is not None
+    found = activation_bytes(spec, torch.bfloat16, ranks=ranks, tokens=2048, logits=1)
+    assert found == 2048 * (2 * 2048 + 8 * (2048 + width)) * 2
 
 
 def test_the_packer_says_what_its_layout_takes() -> None:
