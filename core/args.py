@@ -158,8 +158,8 @@ class EngineArgs:
                 object.__setattr__(self, name, str(getattr(self, name)))
         if self.quantization not in (None, *QUANTIZATIONS):
             raise ConfigError(
-                f"quantization is {self.quantization!r}; it must be {' or '.join(QUANTIZATIONS)}, "
-                "or be left out.",
+                f"quantization is {self.quantization!r}; it must be one of "
+                f"{', '.join(QUANTIZATIONS)}, or be left out.",
                 param="quantization",
             )
         self._check_numbers()

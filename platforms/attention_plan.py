@@ -165,10 +165,11 @@ def build(spec: AttentionSpec, batch: AttentionBatch, pieces: list[Piece]) -> Gr
     # Padding after a triangle lies outside of it: no mask even where the pieces differ.
     causal = not folded and all(p.is_triangle(spec) for p in pieces)
     mask = alibi = None
-    if not causal and not _sees_all(spec, pieces, queries, keys):
+    if not causal:
         query_at = torch.minimum(row, stop - 1) - start + position
-        mask = _mask(spec, query_at, key_at, high)
         alibi = _alibi(spec, query_at, key_at)
+        if not _sees_all(spec, pieces, queries, keys):
+            mask = _mask(spec, query_at, key_at, high)
     even = all(p.queries == queries for p in pieces)
     in_order = all(a.stop == b.start for a, b in pairwise(pieces))
     return Group(
@@ -193,8 +194,8 @@ def _valid(pieces: list[Piece], queries: int) -> Tensor:
 
 
 def _sees_all(spec: AttentionSpec, pieces: list[Piece], queries: int, keys: int) -> bool:
-    """Does every query see all `keys` keys, and see them alike?"""
-    if spec.alibi_slopes or any(p.keys < keys for p in pieces):
+    """Does every query see all `keys` keys?"""
+    if any(p.keys < keys for p in pieces):
         return False
     window = spec.sliding_window
     return not spec.causal or (queries == 1 and (window is None or keys <= window))

@@ -106,7 +106,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, grou
     """query `[batch * queries, heads, head_dim]` -> `[batch, queries, heads, head_dim]`, in fp32 or
     the query's dtype."""
     query = query.view(group.batch, group.queries, spec.num_heads, spec.head_dim)
-    plain = not spec.softcap and not spec.alibi_slopes  # whose distances 16 bits do not hold
+    # Distances of ALiBi do not fit 16 bits, and softcap wants fp32.
+    plain = not spec.softcap and not spec.alibi_slopes
     if group.queries == 1 and plain and _widens_itself(query, key):
         return _by_heads(query, key, value, spec, group)
     by = _by_products if group.folded else _by_fused_call

@@ -16,7 +16,7 @@ from .cpu_attention import NativeAttention
 from .cpu_communicator import how_ranks_meet, open_cpu_communicator
 from .cpu_device import CpuDevice
 from .cpu_ipex import about as about_ipex
-from .cpu_moe import moes
+from .cpu_moe import NativeMoe
 from .cpu_ops import cpu_ops
 from .cpu_roofline import measured_roofline
 from .cpu_step import compile_step
@@ -85,7 +85,7 @@ class CpuPlatform(Platform):
         return CpuDevice()
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return {**cpu_ops(), "linear": linears(), "moe": moes()}
+        return {**cpu_ops(), "linear": linears(), "moe": (NativeMoe(),)}
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
         return (NativeAttention(), TorchPagedAttention(), ReferenceAttention())
@@ -146,9 +146,8 @@ class CpuPlatform(Platform):
 
 
 def _halves() -> dict[str, Precision]:
-    """The own kernels read 16-bit weights at full speed whatever the instruction set, and compute
-    in fp32 where it has nothing better; torch is quick only where the processor multiplies
-    bfloat16."""
+    """16-bit weights are half the bytes to read, and the own kernels compute in fp32 where there is
+    nothing better; torch is quick only where the processor multiplies bfloat16."""
     if not unavailable():
         return {"bfloat16": "native", "float16": "native"}
     bfloat16: Precision = "native" if host.cpu_flags() & _BF16_FLAGS else "emulated"

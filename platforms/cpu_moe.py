@@ -9,7 +9,7 @@ from ..kernels_cpu.library import Call
 from .cpu_dense import NATIVE
 from .cpu_native import NativeOp, Operand
 from .cpu_quantized import NATIVE_INT4, NATIVE_INT8
-from .interface import DENSE, INT4, INT8, OpImpl, OpSignature, Output, PackedWeight, Support
+from .interface import DENSE, INT4, INT8, OpSignature, Output, PackedWeight, Support
 
 FORMATS = (NATIVE, NATIVE_INT8, NATIVE_INT4)
 """Of packed weights, by the kernel's numbers (`Packed` in csrc/moe.h)."""
@@ -52,7 +52,3 @@ class NativeMoe(NativeOp):
 def _group(weight: PackedWeight) -> int:
     """Inputs that share a scale in a weight of int4."""
     return weight.shape[1] // weight.tensors[1].shape[1] if weight.format == NATIVE_INT4 else 0
-
-
-def moes() -> Sequence[OpImpl]:
-    return (NativeMoe(),)

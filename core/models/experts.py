@@ -22,13 +22,8 @@ class SparseMLP(Layer):
         self._comm = comm
         self._top_k, self._renormalize = experts.top_k, experts.renormalize
         width = experts.width // comm.size
-        sizes = {
-            "hidden": hidden,
-            "width": width,
-            "experts": experts.count,
-            "top_k": experts.top_k,
-        }
-        use = WeightUse("moe", sizes)
+        sizes = {"hidden": hidden, "width": width, "experts": experts.count}
+        use = WeightUse("moe", {**sizes, "top_k": experts.top_k})
         columns, rows = _schemes(context, hidden, width)
         router = Part(names.of("router", layer), experts.count, 0, experts.count)
         self.router = ColumnLinear(context, hidden, [router], bias=False, scheme=PLAIN)
@@ -43,7 +38,7 @@ class SparseMLP(Layer):
             context, downs, experts.width, hidden, bias=False, use=use, scheme=rows
         )
         format = context.binder.weight_format(columns, context.dtype, use)
-        self._moe = context.bind(use.op, format, **sizes)
+        self._moe = context.bind(use.op, format, **use.sizes)
         self.children = (self.router, self.gate_up, self.down)
 
     def __call__(self, hidden: Tensor) -> Tensor:

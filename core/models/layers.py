@@ -45,8 +45,8 @@ class BuildContext:
 class Linear(Layer):
     """`x @ weight.T + bias` through the bound op; how weights fill it is the subclass's matter.
 
-    `use`: another op that reads the weight. `scheme`: how it is quantized, where that is not
-    the binder's choice.
+    `use`: another op that reads the weight, and gets it by `packed`; then the layer itself is not
+    called. `scheme`: how the weight is quantized, where that is not the binder's choice.
     """
 
     is_head = False
@@ -64,7 +64,7 @@ class Linear(Layer):
         self._use = use or WeightUse.by_linear((out_features, in_features))
         self._scheme = scheme or context.binder.scheme(in_features, head=self.is_head)
         self._format = context.binder.weight_format(self._scheme, context.dtype, self._use)
-        self._linear = context.bind(self._use.op, self._format, **self._use.sizes)
+        self._op = context.bind(self._use.op, self._format, **self._use.sizes)
         self._packed: PackedWeight | None = None
         self._bias: Tensor | None = None
 
@@ -100,7 +100,7 @@ class Linear(Layer):
         """See `OpBinder.pack`."""
         try:
             self._packed = self._context.binder.pack(
-                plain, self._linear, self._scheme, largest=largest, shared=shared, use=self._use
+                plain, self._op, self._scheme, largest=largest, shared=shared, use=self._use
             )
         except NotFiniteError as error:
             name, row = self._origin(error.row)
@@ -155,7 +155,7 @@ class ColumnLinear(Linear):
         super().__init__(context, in_features, out_features, use, scheme)
         if then is not None:
             sizes = {"in_features": in_features, "out_features": out_features}
-            self._linear = context.binder.bind_chain(
+            self._op = context.binder.bind_chain(
                 context.dtype, ("linear", sizes), then, weight_format=self._format
             )
         if bias:
@@ -187,7 +187,7 @@ class ColumnLinear(Linear):
         raise IndexError(row)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._linear(hidden, self._packed, self._bias)
+        return self._op(hidden, self._packed, self._bias)
 
 
 class RowLinear(Linear):
@@ -258,7 +258,7 @@ class RowLinear(Linear):
         return f"{self._names[part]}.weight", row
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return self._comm.all_reduce(self._linear(hidden, self._packed, self._bias))
+        return self._comm.all_reduce(self._op(hidden, self._packed, self._bias))
 
 
 class VocabShare(NamedTuple):
@@ -351,7 +351,7 @@ class LmHead(Linear):
         return f"{self._name}.weight", self._share.start + row
 
     def __call__(self, rows: Tensor) -> Tensor:
-        logits = self._linear(rows, self._packed, None)
+        logits = self._op(rows, self._packed, None)
         if self._comm.size > 1:
             logits = self._comm.all_gather(logits, -1)[:, : self._vocab_size]
         return logits.float()

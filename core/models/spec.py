@@ -36,7 +36,7 @@ class RopeSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """One layer's kinds, by the names that `layers.py` knows. `sliding_window` counts the keys a
+    """One layer's kinds, by the names in `decoder.py`. `sliding_window` counts the keys a
     query sees, itself included (None: all)."""
 
     mixer: str = "attention"
@@ -123,7 +123,7 @@ class DecoderSpec:
         """(heads, kv heads) on each of `size` ranks; a kv head is replicated when there are
         fewer of them than ranks. Raises ConfigError when the heads cannot be split evenly."""
         kv_fits = self.num_kv_heads % size == 0 or size % self.num_kv_heads == 0
-        widths = {self.intermediate_size, self.experts.width if self.experts else size}
+        widths = [self.intermediate_size, *([self.experts.width] if self.experts else [])]
         if self.num_heads % size or not kv_fits or any(width % size for width in widths):
             experts = f", experts of {self.experts.width}" if self.experts else ""
             raise ConfigError(

@@ -17,6 +17,7 @@ from trimaran.core.models.experts import SparseMLP
 from trimaran.core.models.registry import decoder_spec
 from trimaran.kernels_cpu.library import library, unavailable
 from trimaran.platforms.cpu import CpuPlatform
+from trimaran.platforms.interface import Platform
 from trimaran.platforms.strict import StrictPlatform
 
 needs_native = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
@@ -95,11 +96,20 @@ def test_where_one_weight_cannot_be_in_int4_both_are_in_int8() -> None:
     one.close()
 
 
-def test_a_platform_without_experts_by_codes_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("platform", "quantization", "format"),
+    [
+        (StrictPlatform, "int8", "dense"),
+        pytest.param(CpuPlatform, "w4a16", "native", marks=needs_native),
+    ],
+)
+def test_a_platform_without_experts_by_codes_says_so(
+    platform: type[Platform], quantization: str, format: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, "trimaran.ops"):
-        one = Harness(StrictPlatform(), model_path("mixtral"), length=32, quantization="int8")
-    assert sparse(one).down.packed.format == "dense"
-    assert "does not multiply by int8 weights" in caplog.text
+        one = Harness(platform(), model_path("mixtral"), length=32, quantization=quantization)
+    assert sparse(one).down.packed.format == format
+    assert f"does not multiply by {quantization} weights" in caplog.text
     one.close()
 
 

@@ -96,8 +96,9 @@ def with_experts(names: WeightNames, block: str, gate: str, up: str, down: str) 
 
 
 def read_experts(config: Fields, width: int, renormalize: bool) -> ExpertsSpec:
-    """Counts as `transformers` saves them, or as the configurations before its version 5 had them.
-    The experts' activation is SiLU."""
+    """The experts of `width` that a configuration counts, as `transformers` saves them or as those
+    before its version 5 did; their activation is SiLU. `renormalize`: see ExpertsSpec. Raises
+    ConfigError."""
     config.one_of("hidden_act", {"silu": "", "swish": ""}, "silu")
     key = "num_local_experts" if "num_local_experts" in config else "num_experts"
     count, top_k = config.size(key), config.size("num_experts_per_tok")
@@ -110,13 +111,16 @@ def read_experts(config: Fields, width: int, renormalize: bool) -> ExpertsSpec:
     return ExpertsSpec(count=count, top_k=top_k, width=width, renormalize=renormalize)
 
 
+def read_window(config: Fields) -> int | None:
+    """Keys that sliding layers see, where the Qwen configurations turn them on."""
+    window = config.optional_size("sliding_window")
+    return window if config.flag("use_sliding_window", False) else None
+
+
 def read_layer_types(config: Fields) -> tuple[LayerSpec, ...]:
     """Full and sliding layers as the Qwen configurations give them: `layer_types` where present,
     else every layer from `max_window_layers` on slides iff `use_sliding_window`."""
-    num_layers = config.size("num_hidden_layers")
-    window = config.optional_size("sliding_window")
-    if not config.flag("use_sliding_window", False):
-        window = None
+    num_layers, window = config.size("num_hidden_layers"), read_window(config)
     types = config.texts("layer_types")
     if types is None:
         first = num_layers if window is None else config.count("max_window_layers", num_layers)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from ..fields import Fields
 from ..spec import DecoderSpec, LayerSpec
-from .common import NAMES, read_decoder, read_experts, with_experts
+from .common import NAMES, read_decoder, read_experts, read_window, with_experts
 
 
 def read(config: Fields) -> DecoderSpec:
     step, dense = config.size("decoder_sparse_step", 1), config.counts("mlp_only_layers")
-    window = config.optional_size("sliding_window")
-    if not config.flag("use_sliding_window", False):
-        window = None
+    window = read_window(config)
     attention_bias = config.flag("attention_bias", False)
     return read_decoder(
         config,
