@@ -42,8 +42,8 @@ INT4_GROUPS = (128, 64, 32)
 class OpSignature:
     """What is known of an op's use when the model is built: dtype and the static sizes
     (`in_features`, `out_features`, `head_dim`…), by which an implementation accepts or refuses.
-    `weight_format`: the canonical form that a linear layer's weight was packed from; other than
-    dense only where the platform has a packer for it."""
+    `weight_format`: the canonical form that the weights which the op reads (`linear`, `moe`) were
+    packed from; other than dense only where the platform has a packer for it."""
 
     op: str
     dtype: torch.dtype

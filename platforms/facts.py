@@ -66,7 +66,9 @@ StepSizes = Literal["buckets", "any"]
 class Capabilities:
     """Named facts about a device, instead of questions about its vendor.
 
-    `dtypes`, `kv_dtypes`: torch's names (`bfloat16`; `int8` is a quantized cache).
+    `dtypes`, `kv_dtypes`: torch's names (`bfloat16`; `int8` is a quantized cache). A dtype is
+    `native` where the device computes with it at least as fast as in float32, by whatever
+    instructions: `--dtype auto` keeps such a checkpoint; `emulated` where it is slower.
     `weight_formats`: those of `Platform.weight_packers`, and `dense`. `fp8`: which float8 encoding
     the matrix units read (OCP's e4m3fn, or the FNUZ variant), None where they read none.
     `run_ahead`: how many steps the engine may have in flight beyond the one whose result it waits

@@ -110,7 +110,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x `[tokens, in]`, dense weight `[out, in]`, bias `[out]` -> x @ weight^T + bias.
 
     By a quantized weight an implementation multiplies what its codes stand for. It may round x to
-    int8 as well, per token (W8A8, W4A8): then it is off by `activation_rounding` besides.
+    int8 as well, per token (W8A8, W4A8), but not under `w4a16`: then it is off by
+    `activation_rounding` besides.
     """
     if weight.format != DENSE:
         raise ValueError(f"The reference of `linear` reads dense weights, not {weight.format!r}.")
@@ -182,7 +183,8 @@ def moe(
     the `top_k` experts with the highest scores, of equal ones the first; their shares are the
     softmax of all its scores, in fp32, with `renormalize` divided by their sum, and rounded to x's
     dtype (Qwen3MoeSparseMoeBlock of `transformers`). Products with shares are summed in fp32.
-    Quantized weights: as for `linear`.
+    Raises ValueError for weights that are not dense; by quantized ones an implementation
+    multiplies as `linear` does.
     """
     for weight in (gate_up, down):
         if weight.format != DENSE:
