@@ -228,7 +228,7 @@ class Scheduler:
         """Start or resume waiting sequences in strict order: if the first cannot, none does. Only
         those that gain by it are passed over for this step (`_gains_by_waiting`)."""
         queue, num_passed = self.sequences.queue, 0
-        if queue.peek() is None:
+        if not (self._budget > 0 and self.sequences.num_free_rows and queue.peek()):
             return
         pending = self._pending_blocks(party)
         while self._budget > 0 and self.sequences.num_free_rows > num_passed:
@@ -243,7 +243,7 @@ class Scheduler:
                 queue.pass_over()
                 num_passed += 1
             elif self._admit(step, request, hit):
-                pending.update(self.kv.digests(request.kv, 0, request.num_computed))
+                pending.update(self.kv.unpublished(request.kv, request.num_computed))
             else:
                 break
         queue.recall()
@@ -253,9 +253,7 @@ class Scheduler:
         pending: set[bytes] = set()
         for request in self.sequences.running:
             if request.num_computed - request.num_verified > 1 and request.party == party:
-                pending.update(
-                    self.kv.digests(request.kv, request.num_verified, request.num_computed)
-                )
+                pending.update(self.kv.unpublished(request.kv, request.num_computed))
         return pending
 
     def _gains_by_waiting(self, request: Request, hit: Hit, pending: set[bytes]) -> bool:
@@ -264,15 +262,16 @@ class Scheduler:
         prefix compute it once."""
         left = len(request.tokens) - hit.num_tokens
         soon = self.kv.cached_soon(request.kv, hit, pending)
-        return 2 * soon > self._chunk(request, left, self._budget)
+        return 0 < self._chunk(request, left, self._budget) < 2 * soon
 
     def _admit(self, step: StepInFlight, request: Request, hit: Hit | None) -> bool:
-        """`hit`: what is cached for a sequence without blocks; None for one that kept its own."""
+        """Whether to go on: it was placed, or has just lost its own blocks and is to be asked again.
+        `hit`: what is cached for a sequence without blocks; None for one that kept its own."""
         start = hit.num_tokens if hit else request.num_computed
         end = start + self._chunk(request, len(request.tokens) - start, self._budget)
         end = self._room_for_new(step, request, hit, end)
         if end <= start:
-            # It may have lost its own forked blocks just now: then it starts over at once.
+            # It may have lost its own forked blocks just now: then it is asked once more.
             return hit is None and request.num_computed < start
         if hit:
             begun = self.kv.begin(request.kv, hit, end)

@@ -75,13 +75,14 @@ class KVManager:
         pairs = zip(self.groups, chains, strict=True)
         return Hit(length, [group.hit_table(chain, length) for group, chain in pairs])
 
-    def digests(self, sequence: SequenceKV, start: int, end: int) -> list[bytes]:
-        """Of the blocks that the sequence will publish when tokens `start` to `end` are computed;
-        only of a prompt, since what is generated is not known before."""
+    def unpublished(self, sequence: SequenceKV, computed: int) -> list[bytes]:
+        """Digests of the blocks that the sequence will publish once its first `computed` tokens are
+        in the cache for good; only of tokens whose digests are known: what is generated has none
+        yet."""
         if sequence.epoch != self._epoch:
             return []
         size = self.groups[0].block_size  # tokens that are equal are so in blocks of any size
-        return sequence.chains.get(size, [])[start // size : end // size]
+        return sequence.chains.get(size, [])[sequence.published[0] : computed // size]
 
     def cached_soon(self, sequence: SequenceKV, hit: Hit, pending: Container[bytes]) -> int:
         """How many tokens past its hit the sequence will find cached once the blocks `pending`

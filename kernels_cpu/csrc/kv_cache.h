@@ -84,6 +84,16 @@ INLINE void write_token(const X* key, const X* value, const Paging& at, int64_t 
     }
 }
 
+// Fetches the lines that a token's key and value go to: each of its key's pairs has one of its own.
+template <class C>
+INLINE void fetch_token(const Paging& at, int64_t offset, const Panels<C>& to) {
+    constexpr int64_t P = PairsOf<C>::value, BYTES = P * sizeof(C);
+    for (int64_t d = 0; d < at.dim; d += P)
+        __builtin_prefetch((const char*)to.key + (d / P * at.size + offset) * BYTES, 1);
+    const char* row = (const char*)(to.value + offset / P * P * at.dim);
+    for (int64_t byte = 0; byte < at.dim * BYTES; byte += 64) __builtin_prefetch(row + byte, 1);
+}
+
 // in: keys and values [rows, kv_heads, D] of `element`, slots int64 [rows]. out: the cache.
 // n: kv_heads, D, block size, row stride of the keys, of the values, the cache's element.
 static void kv_write(const Call& call, const Team& team) {
@@ -95,14 +105,23 @@ static void kv_write(const Call& call, const Team& team) {
         using X = typename Bare<decltype(of_type)>::type;
         with_cache_element(call.n[5], [&](auto* of_cache) {
             using C = typename Bare<decltype(of_cache)>::type;
-            for (Range part; team.take(units, part);)
+            const auto place = [&](int64_t unit) {
+                const int64_t slot = slots[unit / at.kv_heads];
+                return panels_of<C>(call.out[0], at, slot / at.size, unit % at.kv_heads);
+            };
+            const auto fetch = [&](int64_t unit) {
+                fetch_token(at, slots[unit / at.kv_heads] % at.size, place(unit));
+            };
+            for (Range part; team.take(units, part);) {
+                fetch(part.begin);
                 for (int64_t i = part.begin; i < part.end; i++) {
-                    const int64_t row = i / at.kv_heads, head = i % at.kv_heads, slot = slots[row];
+                    if (i + 1 < part.end) fetch(i + 1);
+                    const int64_t row = i / at.kv_heads, head = i % at.kv_heads;
                     write_token((const X*)call.in[0] + row * key_stride + head * at.dim,
                                 (const X*)call.in[1] + row * value_stride + head * at.dim, at,
-                                slot % at.size,
-                                panels_of<C>(call.out[0], at, slot / at.size, head));
+                                slots[row] % at.size, place(i));
                 }
+            }
         });
     });
 }

@@ -48,10 +48,9 @@ struct Ahead {
     int64_t stride;
 };
 constexpr int64_t LINE = 64;
-template <int MR>
 INLINE void fetch(Ahead& ahead) {
     __builtin_prefetch(ahead.at, 0, 2);
-    if (MR <= 2) __builtin_prefetch(ahead.at + LINE, 0, 2);  // one pass reads a panel's whole rows
+    if (ahead.stride > LINE) __builtin_prefetch(ahead.at + LINE, 0, 2);
     ahead.at += ahead.stride;
 }
 
@@ -72,7 +71,7 @@ INLINE void multiply(const float* a, int64_t lda, const B* b, int64_t columns, i
         }
     };
     for (int64_t k = 0; k < k_size; k += PairsOf<B>::value, b += PairsOf<B>::value * columns) {
-        fetch<MR>(ahead);
+        fetch(ahead);
         if constexpr (PairsOf<B>::value == 2) {
             UNROLL for (int v = 0; v < NV; v++) row[v] = even(load_pairs(b + 2 * v * W));
             add_row(k);
@@ -91,7 +90,7 @@ template <int MR, int NV>
 INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns, int64_t k_size,
                      vf (&acc)[MR][NV], Ahead ahead) {
     for (int64_t k = 0; k < k_size; k += 2, b += 2 * columns) {
-        fetch<MR>(ahead);
+        fetch(ahead);
         UNROLL for (int m = 0; m < MR; m++) {
             uint32_t pair;
             __builtin_memcpy(&pair, a + m * lda + k, 4);
@@ -102,8 +101,9 @@ INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns,
 }
 #endif
 
-// Rows of B that all tiles go through before the next ones: they stay in the L1 cache. Few tiles wait
-// for memory, so what is fetched ahead for them comes soon; many pay more for going through twice.
+// Rows of a panel that all tiles go through before the next ones: 8 KiB of it, which the L1 cache
+// keeps, or 32 KiB. Few tiles wait for memory, so what is fetched ahead for them comes soon; many pay
+// more for going through twice.
 template <class B>
 constexpr int64_t depth(int64_t tiles) { return (tiles <= 2 ? 256 : 1024) / sizeof(B); }
 

@@ -71,3 +71,26 @@ def test_prefixes_of_other_roots_are_no_reason_to_wait() -> None:
     for salt in (1, 2):
         engine.add([*COMMON, 30], max_tokens=1, eos=False, salt=salt)
     assert engine.step().counts == [17, 17]
+
+
+def test_what_a_window_has_lost_is_not_waited_for() -> None:
+    engine = NullEngine(
+        windows=(None, 8), max_num_batched_tokens=64, long_prefill_token_threshold=8
+    )
+    engine.add([*COMMON, *range(17, 41)], max_tokens=1, eos=False)
+    for _ in range(3):
+        assert engine.step().counts == [8]
+    engine.scheduler.kv.groups[1].pool.clear_index()  # as if others had taken the blocks
+    engine.add([*COMMON, 49], max_tokens=1, eos=False)
+    assert engine.step().counts == [8, 8], "the common blocks are published: nothing more comes"
+    engine.run()
+    engine.check_results()
+
+
+def test_without_chunks_order_is_kept() -> None:
+    engine = NullEngine(max_num_batched_tokens=20, enable_chunked_prefill=False)
+    for prompt in ([*COMMON, 30], [*COMMON, 31], [40, 41]):
+        engine.add(prompt, max_tokens=1, eos=False)
+    assert engine.step().counts == [17]
+    engine.run()
+    engine.check_results()
