@@ -265,7 +265,7 @@ class Scheduler:
         return 0 < self._chunk(request, left, self._budget) < 2 * soon
 
     def _admit(self, step: StepInFlight, request: Request, hit: Hit | None) -> bool:
-        """Whether to go on: it was placed, or has just lost its own blocks and is to be asked again.
+        """Whether to go on: it was placed, or has just lost its own blocks and is asked again.
         `hit`: what is cached for a sequence without blocks; None for one that kept its own."""
         start = hit.num_tokens if hit else request.num_computed
         end = start + self._chunk(request, len(request.tokens) - start, self._budget)

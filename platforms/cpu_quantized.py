@@ -22,7 +22,7 @@ from .interface import INT4, INT8, W4A16, PackedWeight, WeightPacker
 from .ops import int4_group
 
 NATIVE_INT8 = "native_int8"
-"""Format of int8 weights in panels (csrc/quantized.h): codes, scales of the outputs, and -128 times
+"""Format of int8 weights in panels (csrc/codes.h): codes, scales of the outputs, and -128 times
 the sum of each output's codes; edges are filled up with zeros."""
 NATIVE_INT4 = "native_int4"
 """Format of int4 weights in panels: two codes a byte, scales and zeros of the groups."""

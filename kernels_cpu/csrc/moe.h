@@ -2,7 +2,7 @@
 // and the results are summed by those scores.
 //
 // Rows are sorted by expert, so that an expert's weights are read once for all of its tokens. The
-// experts' weights are two packed ones (linear.h, quantized.h), expert by expert: gate_up
+// experts' weights are two packed ones (linear.h, codes.h), expert by expert: gate_up
 // [experts * 2 * width, hidden], of each expert the gate's outputs before the others, and down
 // [experts * hidden, width]. Experts may begin anywhere in a panel; what belongs to a neighbour is
 // computed and dropped.
