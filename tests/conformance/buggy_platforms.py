@@ -329,6 +329,18 @@ class DrawsByHalfTheSeed(WithOp):
         return OPS["draw"].reference(scores, floats, lower, short)
 
 
+@bug("L1/moe/vendor/float32")
+class MoeKeepsTheSharesAsTheyAre(WithOp):
+    """What the chosen experts have of the softmax is not brought to a sum of 1."""
+
+    op = "moe"
+
+    @staticmethod
+    def call(*args: Any) -> Any:
+        *others, _ = args
+        return OPS["moe"].reference(*others, False)
+
+
 def off_by_one(op: str) -> Callable[..., Any]:
     """The first element of the first result is one more than it should be."""
 
