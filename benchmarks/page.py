@@ -154,8 +154,11 @@ def at_most(workload: str, limit: float) -> Callable[[Report], Row | None]:
 
 
 def peak_memory(report: Report) -> Row | None:
+    """Of runs with many requests: one alone touches little of the KV cache that is counted."""
     name = ours(report, "bf16")
     if not name or name not in report.get("memory", {}) or report.get("isa_cap"):
+        return None
+    if "mixed32" not in report["summary"]:
         return None
     found = report["memory"][name]
     text = f"{found['peak_rss_gib']:.2f} of {found['weights_and_kv_gib']:.2f} GiB"

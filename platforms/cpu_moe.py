@@ -11,6 +11,8 @@ from .cpu_native import NativeOp, Operand
 from .cpu_quantized import NATIVE_INT4, NATIVE_INT8
 from .interface import DENSE, INT4, INT8, OpSignature, Output, PackedWeight, Support
 
+AREAS, LINE = 6, 64
+"""Parts of the scratch memory, and the bytes that each is aligned to (`Moe` in csrc/moe.h)."""
 FORMATS = (NATIVE, NATIVE_INT8, NATIVE_INT4)
 """Of packed weights, by the kernel's numbers (`Packed` in csrc/moe.h)."""
 
@@ -34,7 +36,7 @@ class NativeMoe(NativeOp):
         _, _, gate_up, down, top_k, _ = args
         hidden, width = gate_up.shape[1], down.shape[1]
         sorted_rows = (hidden + width) * made[0].dtype.itemsize
-        return int(top_k * (12 + sorted_rows) + 4 * (down.shape[0] // hidden + 1) + 6 * 64)
+        return int(top_k * (12 + sorted_rows) + 4 * (down.shape[0] // hidden + 1) + AREAS * LINE)
 
     def fill(self, call: Call, out: Sequence[Operand], args: Sequence[Any]) -> None:
         x, scores, gate_up, down, top_k, renormalize = args

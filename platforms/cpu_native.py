@@ -45,7 +45,8 @@ class Operand(NamedTuple):
 
 class NativeOp(OpImpl):
     """An op by one native kernel. `tensors`: which of the op's arguments are tensors with a row a
-    token, the one that says how many first; all others are constants (weights, numbers, None)."""
+    token, the one that says how many first; all others are constants (weights, numbers, None).
+    `reads_weights`: the constants are most of what it reads, so that it is never small."""
 
     name = "native"
     priority = 10

@@ -146,11 +146,10 @@ class _Compiler:
 
 
 def _with_scratch(node: StepNode) -> StepNode:
-    """The node with the memory that its kernel works in, as an output more which nobody reads."""
+    """The node with the memory that its kernel works in as one more output, which nobody reads."""
     impl = inspect.unwrap(node.call)
-    if not isinstance(impl, NativeOp) or not (
-        size := impl.row_scratch(node.arguments, node.outputs)
-    ):
+    size = impl.row_scratch(node.arguments, node.outputs) if isinstance(impl, NativeOp) else 0
+    if not size:
         return node
     scratch = Output((node.outputs[0].shape[0], size), _BYTE)
     return dataclasses.replace(node, outputs=(*node.outputs, scratch))

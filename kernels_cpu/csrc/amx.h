@@ -1,6 +1,6 @@
 // The tile registers of AMX: eight tiles of 16 rows of 64 bytes each.
 //
-// Use: `tile_configure()` once in a kernel and thread; `tile_zero<T>()` or `tile_load<T>(address,
+// Use: `tile_configure(team)` once in a kernel and thread; `tile_zero<T>()` or `tile_load<T>(address,
 // bytes between rows)`; `tile_dot_bf16<C, A, B>()` adds A [16][32 bf16] times B [16 pairs][16
 // columns][2] to C [16][16 floats], `tile_dot_s8` A [16][64 s8] times B [16 fours][16 columns][4]
 // to C [16][16 int32]; `tile_store<C>`; `tile_release()` before the kernel returns. A tile is
@@ -21,10 +21,12 @@ namespace trimaran::ISA {
 constexpr int64_t TILE_ROWS = 16;
 constexpr int64_t TILE_BYTES = 64;  // of a row
 
-// How often a thread configured tiles: what a test knows by that they were used.
+// How often kernels have configured tiles, counted by the first thread: for tests of which ran.
 extern int64_t tile_uses;
 int64_t tile_uses;
-INLINE void count_use() { __atomic_fetch_add(&tile_uses, 1, __ATOMIC_RELAXED); }
+INLINE void count_use(const Team& team) {
+    if (team.thread == 0) __atomic_fetch_add(&tile_uses, 1, __ATOMIC_RELAXED);
+}
 
 #ifdef TRIMARAN_EMULATED
 
@@ -38,9 +40,9 @@ INLINE uint8_t (&tile_at(int index))[TILE_ROWS][TILE_BYTES] {
     if (!tiles.configured) __builtin_trap();
     return tiles.byte[index];
 }
-INLINE void tile_configure() {
+INLINE void tile_configure(const Team& team) {
     if (tiles.configured) __builtin_trap();
-    count_use();
+    count_use(team);
     __builtin_memset(tiles.byte, 0xff, sizeof tiles.byte);
     tiles.configured = true;
 }
@@ -104,8 +106,8 @@ struct TileConfiguration {
 alignas(64) static constexpr TileConfiguration TILE_CONFIGURATION;
 static_assert(sizeof(TileConfiguration) == 64);
 
-INLINE void tile_configure() {
-    count_use();
+INLINE void tile_configure(const Team& team) {
+    count_use(team);
     __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIGURATION) : "memory");
 }
 INLINE void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }

@@ -393,7 +393,7 @@ static void run_tiles(const Call& call, const Team& team, const Layer& layer, co
     using A = typename FactorOf<X, C>::type;
     const int64_t dim = layer.paging.dim, kv_heads = layer.paging.kv_heads;
 #ifdef TRIMARAN_AMX
-    tile_configure();
+    tile_configure(team);
 #endif
     const Tile* tiles = (const Tile*)(&plan + 1);
     const Room<A> room = room_in<A>(team.scratch, dim);

@@ -43,25 +43,21 @@ static void pack_int8_panel(const int8_t* codes, int64_t stride, int64_t filled,
 // -128 times the sum of its codes. n: N, K, row stride.
 static void pack_int8(const Call& call, const Team& team) {
     const int64_t n_size = call.n[0], k_size = call.n[1], stride = call.n[2];
-    const Range panels = part_of(up(n_size, PANEL) / PANEL, team.thread, team.num_threads);
-    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-        const int64_t first = panel * PANEL, filled = min(PANEL, n_size - first);
+    for_panels(n_size, team, [&](int64_t first, int64_t filled) {
         const int8_t* codes = (const int8_t*)call.in[0] + first * stride;
         pack_int8_panel(codes, stride, filled, k_size,
                         (int8_t*)call.out[0] + first * up(k_size, DEPTH));
         int32_t* correction = (int32_t*)call.out[1] + first;
         for (int64_t n = 0; n < PANEL; n++)
             correction[n] = n < filled ? -128 * sum_of(codes + n * stride, k_size) : 0;
-    }
+    });
 }
 
 // in: codes [N, K] in 0..15, one a byte, rows n[2] elements apart. out: packed codes. n: N, K, a
 // multiple of 8, row stride.
 static void pack_int4(const Call& call, const Team& team) {
     const int64_t n_size = call.n[0], k_size = call.n[1], stride = call.n[2];
-    const Range panels = part_of(up(n_size, PANEL) / PANEL, team.thread, team.num_threads);
-    for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-        const int64_t first = panel * PANEL, filled = min(PANEL, n_size - first);
+    for_panels(n_size, team, [&](int64_t first, int64_t filled) {
         const uint8_t* codes = (const uint8_t*)call.in[0] + first * stride;
         uint8_t* packed = (uint8_t*)call.out[0] + first * k_size / 2;
         for (int64_t k = 0; k < k_size; k += 2 * QUAD)
@@ -71,7 +67,7 @@ static void pack_int4(const Call& call, const Team& team) {
                 quads[0] |= quads[1] << 4;
                 __builtin_memcpy(packed, quads, QUAD);
             }
-    }
+    });
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -165,7 +161,7 @@ constexpr int vectors_of(int sums) {
 
 // Bytes of a panel that all columns go through before the next ones: they stay in the L1 cache, and
 // those are fetched into L2 meanwhile, with each step of NV vectors as much as it reads.
-constexpr int64_t PART = 8 << 10;
+constexpr int64_t CODES_PART = 8 << 10;
 template <int NV>
 struct NextPart {
     const char* at;
@@ -197,9 +193,9 @@ struct Int8Weight {
     void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
         constexpr int P = Int8::PARTS;
         vi sums[MR][PANEL / W * P] = {};
-        for (int64_t first = 0; first < k_size; first += PART / PANEL)
+        for (int64_t first = 0; first < k_size; first += CODES_PART / PANEL)
             add_part<MR>(x.codes + first * MR, codes + origin * k_size + first * PANEL,
-                         min(PART / PANEL, k_size - first), sums);
+                         min(CODES_PART / PANEL, k_size - first), sums);
         UNROLL for (int m = 0; m < MR; m++)
             UNROLL for (int v = 0; v < PANEL / W; v++) {
                 const int64_t n = v * W;
@@ -295,7 +291,7 @@ struct Int4Weight {
 
     template <int MR>
     void multiply(const Tokens<Code>& x, int64_t origin, float* c) const {
-        const int64_t groups = k_size / group, at_once = max(1, 2 * PART / PANEL / group);
+        const int64_t groups = k_size / group, at_once = max(1, 2 * CODES_PART / PANEL / group);
         for (int64_t first = 0; first < groups; first += at_once)
             add_groups<MR>(x, origin, {first, min(groups, first + at_once)}, c);
         for (int m = 0; m < MR; m++)

@@ -19,8 +19,8 @@ INLINE void for_pieces(int64_t rows, int64_t size, const Team& team, Body body) 
 }
 
 // out = f(a, b), element by element, for `size` of them.
-template <class T, class F>
-INLINE void combine(T* out, const T* a, const T* b, int64_t size, F f) {
+template <class T, class B, class F>
+INLINE void combine(T* out, const T* a, const B* b, int64_t size, F f) {
     int64_t i = 0;
     for (; i + W <= size; i += W) store(out + i, f(load(a + i), load(b + i)));
     if (const int64_t left = size - i)

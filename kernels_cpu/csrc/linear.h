@@ -33,6 +33,15 @@ static void pack_panel(const B* weight, int64_t stride, int64_t filled, int64_t 
             packed[(k / P * PANEL + n) * P + k % P] = weight[n * stride + k];
 }
 
+// Calls body(first, filled) for each panel of a weight to be packed: its first output, and how many
+// it has.
+template <class Body>
+INLINE void for_panels(int64_t n_size, const Team& team, Body body) {
+    for (Range panels; team.take(up(n_size, PANEL) / PANEL, panels);)
+        for (int64_t first = panels.begin * PANEL; first < panels.end * PANEL; first += PANEL)
+            body(first, min(PANEL, n_size - first));
+}
+
 // in: weight [N, K] of `element`, rows n[2] elements apart. out: packed. n: N, K, row stride.
 static void pack_dense(const Call& call, const Team& team) {
     const int64_t n_size = call.n[0], k_size = call.n[1], stride = call.n[2];
@@ -40,12 +49,10 @@ static void pack_dense(const Call& call, const Team& team) {
         using B = typename Bare<decltype(of_type)>::type;
         const B* weight = (const B*)call.in[0];
         B* packed = (B*)call.out[0];
-        for (Range panels; team.take(up(n_size, PANEL) / PANEL, panels);)
-            for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-                const int64_t first = panel * PANEL;
-                pack_panel(weight + first * stride, stride, min(PANEL, n_size - first), k_size,
-                           packed + panel * panel_elements<B>(k_size));
-            }
+        for_panels(n_size, team, [&](int64_t first, int64_t filled) {
+            pack_panel(weight + first * stride, stride, filled, k_size,
+                       packed + first / PANEL * panel_elements<B>(k_size));
+        });
     });
 }
 
@@ -113,6 +120,12 @@ INLINE void for_blocks(const Team& team, int64_t num_rows, int64_t most, int64_t
         }
 }
 
+// Rows of A at once, of `row_bytes` each; `room`: bytes of scratch memory that are left for them.
+INLINE int64_t rows_at_once(int64_t row_bytes, int64_t room) {
+    const int64_t rows = min(BLOCK_BYTES / row_bytes / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
+    return rows ? rows : max(1, min(MAX_ROWS, room / row_bytes));
+}
+
 // A block of rows of x, read once and then multiplied by panels: `emit(row, sums)` is given each of
 // its rows, counted from the block's first, with the row's PANEL sums. By vectors.
 template <class B>
@@ -126,9 +139,7 @@ struct VectorRows {
     VectorRows(const B* packed, int64_t k_size, uint8_t* scratch)
         : packed(packed), k_size(k_size), k_padded(up(k_size, PairsOf<B>::value)),
           lda(k_padded + SHIFT), c((float*)scratch), a((A*)(c + BLOCK_ROWS * PANEL)) {
-        const int64_t row_bytes = lda * sizeof(A), room = SCRATCH_BYTES - ((char*)a - (char*)c);
-        most = min(BLOCK_BYTES / row_bytes / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
-        if (!most) most = max(1, min(MAX_ROWS, room / row_bytes));
+        most = rows_at_once(lda * sizeof(A), SCRATCH_BYTES - ((char*)a - (char*)c));
     }
     int64_t grain() const { return min(MAX_ROWS, most); }
 
@@ -156,7 +167,7 @@ struct TiledRows {
 
     TiledRows(const bf16* packed, int64_t k_size, const Team& team)
         : packed(packed), k_size(k_size), scratch(team) {
-        tile_configure();
+        tile_configure(team);
     }
     TiledRows(const TiledRows&) = delete;
     ~TiledRows() { tile_release(); }
@@ -208,7 +219,7 @@ static void linear_dense(const Call& call, const Team& team) {
         const Dense<B> dense(call);
 #ifdef TRIMARAN_AMX
         if constexpr (PairsOf<B>::value == 2)
-            if (num_rows >= TILES_FROM && fits_tiles(dense.k_size)) {
+            if (by_tiles(num_rows, dense.k_size)) {
                 TiledRows block(dense.packed, dense.k_size, team);
                 block.expect(num_rows);
                 return multiply_dense(dense, team, num_rows, block);

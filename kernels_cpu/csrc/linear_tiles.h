@@ -96,6 +96,7 @@ INLINE bool fits_tiles(int64_t k_size) {
     const int64_t staged = TILE_ROWS * up(k_size, TILE_STEP) * 2;
     return k_size && staged <= SCRATCH_BYTES - TileScratch::STAGED_AT;
 }
+INLINE bool by_tiles(int64_t rows, int64_t k_size) { return rows >= TILES_FROM && fits_tiles(k_size); }
 INLINE TileRows stage(const bf16* x, int64_t stride, int64_t rows, int64_t k_size, bf16* to) {
     const int64_t lda = up(k_size, TILE_STEP), filled = max(rows, TILE_ROWS);
     __builtin_memset((void*)to, 0, filled * lda * sizeof(bf16));

@@ -141,14 +141,14 @@ struct DenseRows<bf16> {
 
     DenseRows(const void* const* weight, int64_t k_size, const Team& team)
         : vectors((const bf16*)weight[0], k_size, team.scratch), tiles(vectors.packed, k_size, team) {}
-    bool by_tiles(int64_t count) const { return count >= TILES_FROM && fits_tiles(tiles.k_size); }
+    bool are_tiled(int64_t count) const { return by_tiles(count, tiles.k_size); }
     int64_t most(int64_t count) const {
-        if (!by_tiles(count)) return vectors.most;
+        if (!are_tiled(count)) return vectors.most;
         return rows_of_block(tiles.k_size, needs_staging(count, tiles.k_size));
     }
-    int64_t grain(int64_t count) const { return by_tiles(count) ? tiles.grain() : vectors.grain(); }
+    int64_t grain(int64_t count) const { return are_tiled(count) ? tiles.grain() : vectors.grain(); }
     void read(const bf16* x, int64_t rows, int64_t count) {
-        tiled = by_tiles(count);
+        tiled = are_tiled(count);
         if (!tiled) return vectors.read(x, vectors.k_size, rows);
         tiles.expect(count);
         tiles.read(x, tiles.k_size, rows);
@@ -161,19 +161,15 @@ struct DenseRows<bf16> {
 };
 #endif
 
-// The same by codes, which give the same sums either way.
+// The same by codes: vectors and tiles give the same sums.
 #ifdef TRIMARAN_AMX
 template <class Weight>
 using ManyBlock = TiledBlock<Weight>;
-template <class Weight>
-INLINE bool are_many(const Weight& weight, int64_t count) {
-    return count >= tiles_from(weight) && TiledBlock<Weight>::fits(weight);
-}
 #else
 template <class Weight>
 using ManyBlock = Block<Weight>;
 template <class Weight>
-INLINE bool are_many(const Weight&, int64_t) {
+INLINE bool by_tiles(const Weight&, int64_t) {
     return false;
 }
 #endif
@@ -186,16 +182,16 @@ struct CodeRows {
     bool tiled = false;
 
     CodeRows(const Weight& codes, int64_t k_size, const Team& team)
-        : weight(codes), few(weight, team.scratch), many(weight, team.scratch), k_size(k_size) {}
+        : weight(codes), few(weight, team), many(weight, team), k_size(k_size) {}
     CodeRows(const CodeRows&) = delete;
-    int64_t most(int64_t count) const { return are_many(weight, count) ? many.most : few.most; }
+    int64_t most(int64_t count) const { return by_tiles(weight, count) ? many.most : few.most; }
     int64_t grain(int64_t count) const {
-        return are_many(weight, count) ? many.grain() : few.grain();
+        return by_tiles(weight, count) ? many.grain() : few.grain();
     }
     template <class X>
     void read(const X* x, int64_t num_rows, int64_t count) {
         rows = num_rows;
-        tiled = are_many(weight, count);
+        tiled = by_tiles(weight, count);
         if (tiled) many.read(x, k_size, k_size, rows);
         else few.read(x, k_size, k_size, rows);
     }
@@ -270,13 +266,7 @@ static void for_experts(const Moe<T>& moe, const Team& team, Rows& rows, const T
 // gate = silu(gate) * up, each rounded to its type.
 template <class T>
 INLINE void gate_by(T* gate, const float* up, int64_t size) {
-    const auto gated = [](vf x, vf factor) __attribute__((always_inline)) {
-        return rounded<T>(Silu::of(x)) * rounded<T>(factor);
-    };
-    int64_t i = 0;
-    for (; i + W <= size; i += W) store(gate + i, gated(load(gate + i), load(up + i)));
-    if (const int64_t left = size - i)
-        store_part(gate + i, gated(load_part(gate + i, left), load_part(up + i, left)), left);
+    combine(gate, gate, up, size, [](vf x, vf y) { return rounded<T>(Silu::of(x)) * rounded<T>(y); });
 }
 
 // inner = silu(gate) * up of all chosen rows. A gate's outputs are kept where the result goes, until

@@ -41,11 +41,11 @@ struct Block {
     int32_t* sums;
     Code *codes, *one;  // of all tokens, tile by tile; of one, in order
 
-    Block(const Weight& weight, uint8_t* scratch)
+    Block(const Weight& weight, const Team& team)
         : weight(weight), k_size(weight.k_size), groups(k_size / weight.group) {
         const int64_t bytes = k_size * sizeof(Code) + groups * 4;
         most = min(max(BLOCK_BYTES / bytes / MAX_ROWS, 1) * MAX_ROWS, BLOCK_ROWS);
-        c = (float*)scratch;
+        c = (float*)team.scratch;
         scales = c + most * PANEL;
         sums = (int32_t*)(scales + most);
         codes = (Code*)(sums + most * groups);
@@ -102,12 +102,12 @@ static void meet_panels(const Call& call, const Team& team, Block& block, const 
 template <class T, class Weight>
 static void multiply_by_codes(const Call& call, const Team& team, const Weight& weight, const T* bias) {
 #ifdef TRIMARAN_AMX
-    if (rows_of(call, team) >= tiles_from(weight) && TiledBlock<Weight>::fits(weight)) {
-        TiledBlock<Weight> block(weight, team.scratch);
+    if (by_tiles(weight, rows_of(call, team))) {
+        TiledBlock<Weight> block(weight, team);
         return meet_panels(call, team, block, bias);
     }
 #endif
-    Block<Weight> block(weight, team.scratch);
+    Block<Weight> block(weight, team);
     meet_panels(call, team, block, bias);
 }
 

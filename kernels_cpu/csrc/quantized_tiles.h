@@ -98,12 +98,12 @@ struct TiledBlock {
         return weight.k_size && TILE_ROWS * row_bytes(weight.k_size) <= SCRATCH_BYTES - CODES_AT;
     }
 
-    TiledBlock(const Weight& weight, uint8_t* scratch)
+    TiledBlock(const Weight& weight, const Team& team)
         : weight(weight), lda(row_bytes(weight.k_size)),
           most(min((SCRATCH_BYTES - CODES_AT) / lda / TILE_ROWS * TILE_ROWS, CODE_ROWS)),
-          sums((int32_t*)scratch), c((float*)(sums + SUMS)), scales(c + SUMS),
+          sums((int32_t*)team.scratch), c((float*)(sums + SUMS)), scales(c + SUMS),
           wide((int8_t*)(scales + CODE_ROWS)), codes(wide + WIDE) {
-        tile_configure();
+        tile_configure(team);
     }
     TiledBlock(const TiledBlock&) = delete;
     ~TiledBlock() { tile_release(); }
@@ -148,5 +148,10 @@ struct TiledBlock {
         }
     }
 };
+
+template <class Weight>
+INLINE bool by_tiles(const Weight& weight, int64_t rows) {
+    return rows >= tiles_from(weight) && TiledBlock<Weight>::fits(weight);
+}
 
 }  // namespace trimaran::ISA

@@ -116,43 +116,44 @@ struct WideInt4 {
     }
 };
 
+// A block of tokens as a thread multiplies them, like `Block` of quantized.h.
+struct WideBlock {
+    const WideInt4& weight;
+    int64_t lda, most;
+    float *c, *dots, *wide, *a;
+
+    WideBlock(const WideInt4& weight, const Team& team)
+        : weight(weight), lda(weight.k_size + SHIFT), c((float*)team.scratch),
+          dots(c + BLOCK_ROWS * PANEL), wide(dots + BLOCK_ROWS * PANEL), a(wide + CHUNK * PANEL) {
+        most = rows_at_once(lda * sizeof(float), SCRATCH_BYTES - (a - c) * (int64_t)sizeof(float));
+    }
+    int64_t grain() const { return min(MAX_ROWS, most); }
+
+    template <class X>
+    void read(const X* x, int64_t x_size, int64_t x_stride, int64_t rows) {
+        for (int64_t row = 0; row < rows; row++) widen(x + row * x_stride, x_size, x_size, a + row * lda);
+    }
+
+    // c [rows, PANEL] = tokens times the panel whose first output is `origin`.
+    void multiply(int64_t rows, int64_t origin) {
+        __builtin_memset(c, 0, rows * PANEL * sizeof(float));
+        if (rows >= WIDEN_ROWS) return weight.multiply_many(a, lda, rows, origin, c, dots, wide);
+        in_tiles(rows, [&](int64_t row, auto height) {
+            weight.multiply<decltype(height)::value>(a + row * lda, lda, origin, c + row * PANEL);
+        });
+    }
+};
+
 // in: x [rows, K] of `element`, codes as pack_int4 packs them, scales, zeros, bias [N] of `element`
 // or null. out: y [rows, N]. n: N, K, row stride of x, row stride of y, inputs in a group, a multiple
 // of 32.
 static void linear_int4_wide(const Call& call, const Team& team) {
-    const int64_t n_size = call.n[0], k_size = call.n[1], x_stride = call.n[2], y_stride = call.n[3];
     const WideInt4 weight{(const uint8_t*)call.in[1], (const float*)call.in[2],
-                          (const uint8_t*)call.in[3], k_size, call.n[4]};
-    float* c = (float*)team.scratch;
-    float* dots = c + BLOCK_ROWS * PANEL;
-    float* wide = dots + BLOCK_ROWS * PANEL;
-    float* a = wide + CHUNK * PANEL;
-    const int64_t lda = k_size + SHIFT, row_bytes = lda * sizeof(float);
-    int64_t most = min(BLOCK_BYTES / row_bytes / MAX_ROWS * MAX_ROWS, BLOCK_ROWS);
-    if (!most) most = max(1, min(MAX_ROWS, (SCRATCH_BYTES - (a - c) * 4) / row_bytes));
+                          (const uint8_t*)call.in[3], call.n[1], call.n[4]};
+    WideBlock block(weight, team);
     with_element(call.element, [&](auto* of_type) {
         using T = typename Bare<decltype(of_type)>::type;
-        const T* bias = (const T*)call.in[4];
-        for_blocks(
-            team, rows_of(call, team), most, min(MAX_ROWS, most), up(n_size, PANEL) / PANEL,
-            [&](int64_t first, int64_t rows) {
-                for (int64_t row = 0; row < rows; row++)
-                    widen((const T*)call.in[0] + (first + row) * x_stride, k_size, k_size, a + row * lda);
-            },
-            [&](int64_t first, int64_t rows, int64_t panel) {
-                const int64_t origin = panel * PANEL, columns = min(PANEL, n_size - origin);
-                __builtin_memset(c, 0, rows * PANEL * sizeof(float));
-                if (rows >= WIDEN_ROWS)
-                    weight.multiply_many(a, lda, rows, origin, c, dots, wide);
-                else
-                    in_tiles(rows, [&](int64_t row, auto height) {
-                        constexpr int MR = decltype(height)::value;
-                        weight.multiply<MR>(a + row * lda, lda, origin, c + row * PANEL);
-                    });
-                T* y = (T*)call.out[0] + first * y_stride + origin;
-                for (int64_t row = 0; row < rows; row++)
-                    write_row(y + row * y_stride, c + row * PANEL, columns, bias ? bias + origin : bias);
-            });
+        meet_panels(call, team, block, (const T*)call.in[4]);
     });
 }
 

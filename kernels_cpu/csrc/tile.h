@@ -105,7 +105,7 @@ INLINE void multiply(const bf16* a, int64_t lda, const bf16* b, int64_t columns,
 // keeps, or 32 KiB. Few tiles wait for memory, so what is fetched ahead for them comes soon; many pay
 // more for going through twice.
 template <class B>
-constexpr int64_t depth(int64_t tiles) { return (tiles <= 2 ? 256 : 1024) / sizeof(B); }
+constexpr int64_t rows_of_part(int64_t tiles) { return (tiles <= 2 ? 256 : 1024) / sizeof(B); }
 
 // Shares out what is fetched ahead among the passes through a part of B.
 struct Fetcher {
@@ -145,7 +145,7 @@ static void tile(const A* a, int64_t lda, const B* b, int64_t columns, int64_t w
         columns_at<MR, 1>(a, lda, b + at * P, columns, k_size, c + at, ldc, add, fetcher.share());
 }
 
-// The same for any number of rows, in tiles of nearly equal height. `next`: what is read after B, and
+// The same for any number of rows but none, in tiles of nearly equal height. `next`: what is read after B, and
 // of the same size; null: what lies behind it.
 template <class A, class B>
 static void product(const A* a, int64_t lda, int64_t rows, const B* b, int64_t columns,
@@ -153,16 +153,16 @@ static void product(const A* a, int64_t lda, int64_t rows, const B* b, int64_t c
                     const void* next = nullptr) {
     const int64_t tiles = (rows + MAX_ROWS - 1) / MAX_ROWS;
     const int64_t passes = tiles * ((width + vectors_for(rows) * W - 1) / (vectors_for(rows) * W));
-    for (int64_t k = 0; k < k_size; k += depth<B>(tiles)) {
-        const int64_t size = min(depth<B>(tiles), k_size - k);
+    for (int64_t k = 0; k < k_size; k += rows_of_part<B>(tiles)) {
+        const int64_t size = min(rows_of_part<B>(tiles), k_size - k);
         const B *part = b + k * columns, *after = part + size * columns;
         Fetcher fetcher(next && k + size == k_size ? next : after, (char*)after - (char*)part, passes,
                         (size + PairsOf<B>::value - 1) / PairsOf<B>::value);
         for (int64_t t = 0; t < tiles; t++) {
-            const Range part_rows = part_of(rows, t, tiles);
-            const A* from = a + part_rows.begin * lda + k;
-            float* to = c + part_rows.begin * ldc;
-            switch (part_rows.end - part_rows.begin) {
+            const Range own = part_of(rows, t, tiles);
+            const A* from = a + own.begin * lda + k;
+            float* to = c + own.begin * ldc;
+            switch (own.end - own.begin) {
 #define HEIGHT(MR) \
     case MR: tile<MR>(from, lda, part, columns, width, size, to, ldc, add || k, fetcher); break;
                 HEIGHT(1) HEIGHT(2) HEIGHT(3) HEIGHT(4) HEIGHT(5) HEIGHT(6)

@@ -10,17 +10,16 @@ import pytest
 import torch
 from helpers.decoder_harness import Harness
 from helpers.engine_loop import greedy, open_loop
+from helpers.native import needs_native
 from helpers.tiny_models import model_path, prompt
 
 from trimaran.core.errors import ConfigError
 from trimaran.core.models.experts import SparseMLP
 from trimaran.core.models.registry import decoder_spec
-from trimaran.kernels_cpu.library import library, unavailable
+from trimaran.kernels_cpu.library import library
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.interface import Platform
 from trimaran.platforms.strict import StrictPlatform
-
-needs_native = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 
 
 def config(variant: str, **changes: Any) -> dict[str, Any]:

@@ -19,16 +19,15 @@ import pytest
 import torch
 import transformers
 from helpers.isa_child import KERNELS, NUM_TOKENS, PRECISIONS, THREADS, Found
-from helpers.native import BUILDS
+from helpers.native import build_of, needs_native
 from helpers.tiny_models import build, prompt
 from torch import Tensor, nn
 
 from trimaran.kernels_cpu import library as native
-from trimaran.kernels_cpu.build import BuildError
-from trimaran.kernels_cpu.library import ISAS, unavailable
+from trimaran.kernels_cpu.library import ISAS
 
 pytestmark = [
-    pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-"),
+    needs_native,
     pytest.mark.timeout(900),  # the first to need a build waits for a minute of compiling
     pytest.mark.real,
 ]
@@ -120,10 +119,7 @@ def emulated() -> str:
     """The library with all instruction sets; empty: the installed one has them."""
     if native.library().detected == ISAS[-1]:
         return ""
-    try:
-        return str(BUILDS["emulated-library"]())
-    except BuildError as error:
-        pytest.skip(f"cannot be built: {error}")
+    return str(build_of("emulated-library"))
 
 
 @pytest.fixture(scope="module")

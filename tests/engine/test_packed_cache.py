@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from helpers.engine_loop import greedy, open_loop
+from helpers.native import needs_native
 from helpers.tiny_models import model_path
 
 from trimaran.core.models import packed_cache
-from trimaran.kernels_cpu.library import unavailable
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+pytestmark = needs_native
 PROMPT = list(range(5, 25))
 
 

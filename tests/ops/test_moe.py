@@ -4,24 +4,22 @@ linears and the activation that it is made of, in every format of weights."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.native import needs_native
 from torch import Tensor
 
 from trimaran.conformance.compare import difference
 from trimaran.core.quantization.codes import quantize
 from trimaran.core.quantization.scheme import WeightScheme, choose_scheme
-from trimaran.kernels_cpu.library import unavailable
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_moe import NativeMoe
 from trimaran.platforms.cpu_ops import NativeGated
 from trimaran.platforms.cpu_weights import linear
 from trimaran.platforms.interface import DENSE, INT4, INT8, OpSignature, PackedWeight
 from trimaran.platforms.ops import OPS, Tolerance
-
-needs_native = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 FORMATS = [DENSE, INT8, INT4]
@@ -44,12 +42,6 @@ COMBINED = {
     torch.bfloat16: Tolerance(1.6e-2, 1e-2),
     torch.float16: Tolerance(2e-3, 2e-3),
 }
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
 
 
 class Experts:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from helpers.attention_steps import BASE, SLOPES, SPECS, STEPS, check, outcome, run_step
+from helpers.native import needs_native
 from torch import Tensor
 
 from trimaran.conformance.paged import Program, random_actions
-from trimaran.kernels_cpu.library import library, unavailable
+from trimaran.kernels_cpu.library import library
 from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.cpu_attention import NativeAttention
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import AttentionBatch, AttentionSpec, LayerKV
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+pytestmark = needs_native
 
 INT8: dict[str, Any] = {"kv_dtype": torch.int8}
 BF16: dict[str, Any] = {"dtype": torch.bfloat16, "kv_dtype": torch.bfloat16}
@@ -50,14 +50,6 @@ IMPL = NativeAttention()
 
 def changed(**changes: Any) -> AttentionSpec:
     return dataclasses.replace(BASE, **changes)
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """A test that changes torch's number of threads."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -14,28 +14,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.native import BUILDS
+from helpers.native import build_of, needs_native, no_compiler
 
 from trimaran.kernels_cpu import library as native
 from trimaran.kernels_cpu.build import BuildError, compiler
-from trimaran.kernels_cpu.library import ISAS, Library, NativeUnavailable, unavailable
+from trimaran.kernels_cpu.library import ISAS, Library, NativeUnavailable
 
 pytestmark = [
-    pytest.mark.skipif(bool(unavailable()), reason=unavailable()),
+    needs_native,
     pytest.mark.timeout(900),  # the first to need a build waits for a minute of compiling
 ]
 
 
-def built(name: str) -> Path:
-    try:
-        return BUILDS[name]()
-    except BuildError as error:
-        pytest.skip(f"cannot be built: {error}")
-
-
 @pytest.fixture(scope="module")
 def emulated() -> Path:
-    return built("emulated-library")
+    return build_of("emulated-library")
 
 
 def in_process(code: str, **environment: str) -> str:
@@ -58,7 +51,7 @@ def test_every_kernel_gives_the_same_by_every_instruction_set_and_number_of_thre
     """Where the processor lacks the wide sets, they are emulated."""
     here = native.library().detected
     wide = here != "avx2" and not native.library().emulated
-    driver = built("driver" if wide else "emulated-driver")
+    driver = build_of("driver" if wide else "emulated-driver")
     done = subprocess.run(
         [driver],
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},
@@ -209,10 +202,9 @@ def test_a_library_of_another_version_is_refused(tmp_path: Path, source: str):
     path = tmp_path / "native.so"
     file = tmp_path / "native.cpp"
     file.write_text(source)
-    try:
-        subprocess.run([*compiler(), "-shared", "-fPIC", file, "-o", path], check=True)
-    except BuildError as error:
-        pytest.skip(str(error))
+    if reason := no_compiler():
+        pytest.skip(reason)
+    subprocess.run([*compiler(), "-shared", "-fPIC", file, "-o", path], check=True)
     with pytest.raises(NativeUnavailable, match="build it again") as refused:
         Library(path)
     assert str(path) in str(refused.value)

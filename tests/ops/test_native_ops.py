@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers.native import needs_native
 from torch import Tensor
 
 from trimaran.conformance.compare import as_tuple, difference
-from trimaran.kernels_cpu.library import Call, library, unavailable
+from trimaran.kernels_cpu.library import Call, library
 from trimaran.platforms import cpu_native, cpu_ops
 from trimaran.platforms.interface import OpSignature
 from trimaran.platforms.ops import EXACT, OPS
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+pytestmark = needs_native
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 511, 512, 513, 1031]  # around W, 4 W, a piece
@@ -28,12 +29,6 @@ def native(op: str) -> cpu_native.NativeOp:
     (impl,) = (one for one in cpu_ops.cpu_ops()[op] if one.name == "native")
     assert isinstance(impl, cpu_native.NativeOp)
     return impl
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
 
 
 def columns(rows: int, size: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

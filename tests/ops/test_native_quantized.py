@@ -3,22 +3,22 @@ fp64 and against the dense product of what the codes stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from helpers.native import needs_native
 from torch import Tensor
 
 from trimaran.core.quantization.codes import dequantize
 from trimaran.core.quantization.scheme import WeightScheme
-from trimaran.kernels_cpu.library import unavailable
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_quantized import MOST_INPUTS
 from trimaran.platforms.interface import OpImpl, OpSignature, PackedWeight
 from trimaran.platforms.ops import activation_rounding
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+pytestmark = [needs_native, pytest.mark.usefixtures("seed")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [*range(1, 15), 24, 25, 70]
@@ -34,17 +34,6 @@ WEIGHTS = [
 ]
 AT_LOAD = WEIGHTS[:-1]
 BOTH = [WEIGHTS[0], WEIGHTS[4]]
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def native_linear() -> OpImpl:

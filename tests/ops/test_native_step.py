@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
 import torch
 from helpers.engine_loop import greedy, open_loop
+from helpers.native import needs_native
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimaran.kernels_cpu.library import library, unavailable
+from trimaran.kernels_cpu.library import library
 from trimaran.platforms.cpu_step import LINE, last_uses, place
 from trimaran.platforms.interface import Output, StepNode, Value
-
-needs_native = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 
 
 @st.composite

@@ -3,20 +3,20 @@ stand for, and bit for bit against itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.native import needs_native
 from torch import Tensor
 
 from trimaran.core.quantization.codes import dequantize
-from trimaran.kernels_cpu.library import unavailable
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.interface import INT4, W4A16, OpSignature, PackedWeight
 from trimaran.platforms.ops import activation_rounding
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+pytestmark = [needs_native, pytest.mark.usefixtures("seed")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [*range(1, 15), 24, 25, 150]
@@ -26,17 +26,6 @@ WEIGHTS = [
     pytest.param(64, (1, 64), id="one"),
     pytest.param(2080, (129, 4160), id="wide groups"),
 ]
-
-
-@pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.native import needs_native
 from torch import Tensor
 
 from trimaran.kernels_cpu import collective
-from trimaran.kernels_cpu.library import NativeUnavailable, unavailable
+from trimaran.kernels_cpu.library import NativeUnavailable
 from trimaran.platforms import cpu_communicator
 from trimaran.platforms.communicator import GlooCommunicator, LocalCommunicator
 from trimaran.platforms.cpu import CpuPlatform
@@ -26,7 +27,7 @@ from trimaran.platforms.cpu_communicator import SharedMemoryCommunicator, open_c
 from trimaran.platforms.host_device import HostDevice
 from trimaran.platforms.interface import Communicator, GroupSpec
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+pytestmark = needs_native
 
 Open = Callable[..., list[Any]]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.native import needs_native
 
-from trimaran.kernels_cpu.library import unavailable
 from trimaran.platforms import cpu_threads, host
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_threads import VARIABLE, Binding, BoundThreads, binding
@@ -287,7 +287,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.real
-@pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+@needs_native
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one CPU")
 def test_threads_keep_to_their_cpus_while_they_compute() -> None:
     one, other = sorted(os.sched_getaffinity(0))[:2]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.native import needs_native
 
 from trimaran.cli.plan import build_report, readable_figure
 from trimaran.core import resolve as resolve_module
@@ -24,7 +25,6 @@ from trimaran.core.planning.planner import plan
 from trimaran.core.planning.started import describe_memory, differs
 from trimaran.core.planning.targets import Target, find_targets
 from trimaran.core.resolve import resolve
-from trimaran.kernels_cpu.library import unavailable
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_linear import CpuDensePacker, fbgemm_refusal
 from trimaran.platforms.cpu_roofline import measured_roofline
@@ -180,7 +180,7 @@ def test_a_cache_in_int8_is_read_with_its_scales() -> None:
     assert found.value("limits", "decode, batch 1") == pytest.approx(1 / one, rel=1e-5)
 
 
-@pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
+@needs_native
 @pytest.mark.parametrize("flops", [{"bfloat16": 1e14}, {}])
 def test_experts_are_read_as_they_are_packed(flops: dict[str, float]) -> None:
     platform = CpuPlatform()  # which has packers of int8
