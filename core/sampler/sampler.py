@@ -169,13 +169,13 @@ class StagedSampling:
         A row whose logits hold NaN or +inf, or in which every token is banned, has failed.
         """
         best = self.argmax(logits)
-        failed = _is_wrong(logits, best)
+        failed = _best_is_not_finite(logits, best)
         raw = self._keep_raw(logits)
         for feature in self.features:
             feature.apply(logits)
         if self.features:
             best = self.argmax(logits)
-            failed |= _is_wrong(logits, best)
+            failed |= _best_is_not_finite(logits, best)
         token_ids = self._draw(logits, best).masked_fill_(failed, 0)
         for feature in self.features:
             feature.accept(token_ids)
@@ -214,6 +214,6 @@ class StagedSampling:
         return gather_logprobs(self.device, source, chosen, max(self.logprob_counts))
 
 
-def _is_wrong(logits: Tensor, best: Tensor) -> Tensor:
-    """bool `[n]`: the highest logit of a row is no number (a NaN counts as the highest)."""
+def _best_is_not_finite(logits: Tensor, best: Tensor) -> Tensor:
+    """bool `[n]`: of each row the logit at `best`, int64 `[n]`; a NaN counts as the highest."""
     return ~logits.gather(1, best.unsqueeze(1)).squeeze(1).isfinite()
