@@ -1,12 +1,14 @@
 """From what was measured to figures: per workload and peer, medians with their range over rounds.
 
 `percent_of_limit` is against the bound of the peer's own precision (`limits.py`) at the rates that
-the canary found in the same round.
+the canary found in the same round; the slope of `growth` is against the bandwidth that was probed
+beside each pass over the contexts.
 """
 
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from typing import Any
 
 import workloads
@@ -58,12 +60,20 @@ def figures(name: str, result: dict[str, Any], limits: Limits) -> dict[str, floa
         return {"total_s": result["seconds"], "ttft_s": result["ttft"]}
     if name == "prefix_reuse":
         return {"first_ttft_s": result["first_ttft"], "second_ttft_s": result["second_ttft"]}
-    if name == "growth":
-        return growth_figures(result["points"], limits)
     if name == "start":
         return {"start_s": result["seconds"], "peak_rss_gib": result["peak_rss_gib"]}
     limit = limits.decode_tokens_per_second(32, 208)
     return {"output_tok_s": rate, "percent_of_limit": 100 * rate / limit}
+
+
+def measurements(name: str, result: dict[str, Any], limits: Limits) -> list[dict[str, float]]:
+    """The figures of one peer in one round: one of each, or one for each pass of `growth`."""
+    if name != "growth":
+        return [figures(name, result, limits)]
+    return [
+        growth_figures(each["points"], replace(limits, read_gb_s=each["read_gb_s"]))
+        for each in result["passes"]
+    ]
 
 
 def growth_figures(points: list[list[float]], limits: Limits) -> dict[str, float]:
@@ -78,6 +88,7 @@ def growth_figures(points: list[list[float]], limits: Limits) -> dict[str, float
         "slope_us_per_token": 1e6 * slope,
         "intercept_ms": 1e3 * intercept,
         "slope_over_limit": slope / limits.seconds_per_context_token(),
+        "read_gb_s": limits.read_gb_s,
     }
 
 
@@ -95,7 +106,7 @@ def summarise(
             values = []
             for entry in kept:
                 limits = limits_of(entry, by_name[peer], sizes)
-                values.append(figures(name, entry["results"][name][peer], limits))
+                values += measurements(name, entry["results"][name][peer], limits)
             keys = [key for key in values[0] if all(key in value for value in values)]
             summary.setdefault(name, {})[peer] = {
                 key: spread([value[key] for value in values]) for key in keys

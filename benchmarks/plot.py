@@ -30,13 +30,15 @@ def plot(report: dict[str, Any], target: Path) -> None:
     if not panels:
         raise SystemExit(f"{target.stem}: none of its workloads is known here, nothing to plot.")
     width = max(3.2, 0.55 * len(report["peers"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(width * len(panels), 3.8), squeeze=False)
+    size = (max(width * len(panels), 7.0), 3.8)  # the heading needs so much
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, name in zip(axes[0], panels, strict=True):
         if name == "growth":
             _growth(axis, report)
         else:
             _bars(axis, report, name)
-        axis.set_title(MAIN_FIGURE[name][1], fontsize=9)
+        title = "ITL over context" if name == "growth" else MAIN_FIGURE[name][1]
+        axis.set_title(title, fontsize=9)
     machine, cap = report["machine"], report.get("isa_cap")
     figure.suptitle(
         f"{report['shape']} · {machine['cpu']}, {machine['cores']} cores"
@@ -75,11 +77,18 @@ def _growth(axis: Any, report: dict[str, Any]) -> None:
         points = [
             point
             for entry in report["raw"]
-            for point in entry["results"].get("growth", {}).get(peer, {}).get("points", ())
+            for each in entry["results"].get("growth", {}).get(peer, {}).get("passes", ())
+            for point in each["points"]
         ]
         if points:
-            contexts, seconds = zip(*sorted(points), strict=True)
-            axis.plot(contexts, [1e3 * value for value in seconds], "o-", ms=3, label=peer)
+            contexts, seconds = zip(*points, strict=True)
+            (dots,) = axis.plot(contexts, [1e3 * x for x in seconds], "o", ms=3, label=peer)
+            fit, last = report["summary"]["growth"][peer], max(contexts)
+            if "intercept_ms" in fit:
+                start, slope = fit["intercept_ms"]["median"], fit["slope_us_per_token"]["median"]
+                line = [start, start + slope * last / 1e3]
+                axis.plot([0, last], line, color=dots.get_color(), lw=1)
+    axis.set_ylim(bottom=0)
     axis.set_xlabel("context", fontsize=8)
     axis.set_ylabel("ms a token", fontsize=8)
     axis.legend(fontsize=7)

@@ -7,7 +7,8 @@ A peer is ENGINE[:PRECISION][,OPTION=VALUE…] (engines: trimaran, transformers,
 openvino; options go to the engine as they stand). Peers other than transformers are installed by
 `peers.py`. Each peer lives in a process of its own, loaded once and idle while another runs. A
 round runs every workload on every peer in turn; a canary (read bandwidth, GEMM) is taken before
-and after, and a round in which it moved by more than 5 % is dropped and repeated, within bounds.
+and after, and a round in which it moved by more than 5 % is dropped and repeated, as long as there
+are fewer than `--max-rounds`.
 Figures are medians with their range; ratios are taken round by round. No figure counts unless the
 peers agree on what the model says (`agreement.py`). `--isa` caps the instructions of every peer.
 """
@@ -19,8 +20,9 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,21 +42,22 @@ from rich.progress import Progress
 from rich.table import Table
 
 WARM_UP_SEED = 1_000_000
-# Blocks for 16 requests that share nothing of 1,072 tokens; for one of 32,016.
-KV_TOKENS, GROWTH_KV_TOKENS = 20_480, 36_864
-MAX_LEN, GROWTH_MAX_LEN = 4096, 32_768
+# Blocks for 16 requests that share nothing of 1,072 tokens.
+KV_TOKENS, MAX_LEN = 20_480, 4096
+# Beyond the longest context that `growth` asks for: its decodes, and the warm-up.
+GROWTH_SPARE, GROWTH_SPARE_KV = 768, 4864
 console = Console(stderr=True)
+Works = dict[str, Callable[..., dict[str, Any]]]
 
 
 def measure(
-    fleet: Fleet, vocab: int, names: list[str], seed: int
+    fleet: Fleet, vocab: int, works: Works, seed: int
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """One round: every workload on every peer in turn."""
     results: dict[str, dict[str, Any]] = {}
     with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(names) * len(fleet.alive()))
-        for name in names:
-            work = workloads.WORKLOADS[name]
+        task = progress.add_task("", total=len(works) * len(fleet.alive()))
+        for name, work in works.items():
             for peer in fleet.alive():
                 progress.update(task, description=f"{name}, {peer.name}")
                 found = fleet.turn(peer, lambda peer, work=work: work(peer, vocab, seed))
@@ -67,14 +70,14 @@ def measure(
 
 
 def rounds(
-    fleet: Fleet, vocab: int, names: list[str], count: int
+    fleet: Fleet, vocab: int, works: Works, count: int, most: int
 ) -> Iterator[list[dict[str, Any]]]:
-    """All rounds so far, after each of them, until `count` have held; at most twice as many."""
+    """All rounds so far, after each of them, until `count` have held; at most `most`."""
     entries: list[dict[str, Any]] = []
     isa = fleet.peers[0].setting.isa
-    while len(quiet(entries)) < count and len(entries) < 2 * count:
+    while len(quiet(entries)) < count and len(entries) < most:
         before = canary.canary(isa)
-        results = measure(fleet, vocab, names, seed=len(entries))
+        results = measure(fleet, vocab, works, seed=len(entries))
         after = canary.canary(isa)
         held = not canary.moved(before, after)
         entries.append({"before": before, "after": after, "held": held, "results": results})
@@ -97,7 +100,7 @@ def outcome(entries: list[dict[str, Any]], args: argparse.Namespace, fleet: Flee
     used = kept if len(kept) == args.rounds else entries
     sizes, specs = shapes.SHAPES[args.shape], [peer.spec for peer in fleet.peers]
     return {
-        "finished": len(kept) == args.rounds or len(entries) == 2 * args.rounds,
+        "finished": len(kept) == args.rounds or len(entries) == args.max_rounds,
         "rounds": len(used),
         "noisy_rounds_used": len(used) - len(quiet(used)),
         "noisy_rounds_dropped": len(entries) - len(used),
@@ -140,7 +143,12 @@ def parse_args() -> argparse.Namespace:
         help="`trimaran` comes first where none of ours is named",
     )
     parser.add_argument("--workloads", nargs="*", choices=names, default=names[:5])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="that the machine held still for")
+    parser.add_argument("--max-rounds", type=int, help="noisy ones among them (twice --rounds)")
+    parser.add_argument("--growth-to", type=int, default=workloads.GROWTH_CONTEXTS[-1])
+    parser.add_argument(
+        "--growth-budget", type=float, default=workloads.GROWTH_BUDGET, metavar="SECONDS"
+    )
     parser.add_argument("--threads", type=int, default=canary.torch.get_num_threads())
     parser.add_argument("--isa", choices=environments.ISAS, help="cap the instructions of all")
     parser.add_argument("--cache", type=Path, default=environments.CACHE)
@@ -148,7 +156,21 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not any(spec.is_ours for spec in args.peers):
         args.peers = [PeerSpec.parse("trimaran"), *args.peers]
+    args.max_rounds = args.max_rounds or 2 * args.rounds
     return args
+
+
+def chosen(args: argparse.Namespace) -> Works:
+    """The workloads that were asked for, `growth` as far and as long as it may go."""
+    growth = partial(
+        workloads.run_growth,
+        longest=args.growth_to,
+        budget=args.growth_budget,
+        probe=partial(canary.read_bandwidth, args.isa),
+        say=lambda text: console.print(f"growth: {text}"),
+    )
+    works = workloads.WORKLOADS | {"growth": growth}
+    return {name: works[name] for name in args.workloads}
 
 
 def open_fleet(args: argparse.Namespace) -> Fleet:
@@ -158,8 +180,8 @@ def open_fleet(args: argparse.Namespace) -> Fleet:
         checkpoint=shapes.make_checkpoint(args.shape, args.cache),
         cache=args.cache,
         threads=args.threads,
-        kv_tokens=GROWTH_KV_TOKENS if growth else KV_TOKENS,
-        max_len=GROWTH_MAX_LEN if growth else MAX_LEN,
+        kv_tokens=max(args.growth_to + GROWTH_SPARE_KV if growth else 0, KV_TOKENS),
+        max_len=max(args.growth_to + GROWTH_SPARE if growth else 0, MAX_LEN),
         isa=args.isa,
     )
     vocab = shapes.SHAPES[args.shape]["vocab_size"]
@@ -190,7 +212,7 @@ def main() -> None:
     try:
         report["agreement"] = agreement(fleet, vocab)
         console.print("agreement", report["agreement"], fleet.failed or "")
-        for entries in rounds(fleet, vocab, args.workloads, args.rounds):
+        for entries in rounds(fleet, vocab, chosen(args), args.rounds, args.max_rounds):
             report["load_seconds"] = {
                 peer.name: round(peer.loaded["seconds"], 2) for peer in fleet.alive()
             }
@@ -206,10 +228,15 @@ def main() -> None:
 
 
 def commit() -> str:
-    """The checkout that was measured, with a + when it had changes."""
-    describe = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
-    done = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip()
+    """The checkout that was measured, with a + when it had changes (results aside)."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parents[1]), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    aside = [":(exclude)benchmarks/results", ":(exclude)docs/cpu.md"]
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *aside)
+    return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
 
 
 def versions(args: argparse.Namespace) -> dict[str, str]:

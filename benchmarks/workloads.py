@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-GROWTH_CONTEXTS = (512, 2048, 4096, 8192, 16_384, 32_000)
-GROWTH_TOKENS = 16
+import canary
+
+GROWTH_CONTEXTS = (512, 2048, 4096, 8192, 16_384, 24_576, 32_000)
+GROWTH_TOKENS, GROWTH_PASSES = 16, 5
+GROWTH_BUDGET = 1800.0
 SHARED_PREFIX = 1024
 
 
@@ -93,24 +96,58 @@ def run_prefix_reuse(peer: Runner, vocab: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run_growth(peer: Runner, vocab: int, seed: int, budget: float = 900.0) -> dict[str, Any]:
-    """Seconds a token (ITL) at growing contexts of one request, each prompt extending the last.
+def run_growth(
+    peer: Runner,
+    vocab: int,
+    seed: int,
+    *,
+    longest: int = GROWTH_CONTEXTS[-1],
+    budget: float = GROWTH_BUDGET,
+    probe: Callable[[], float] = lambda: canary.read_bandwidth(),
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Seconds a token (ITL) over the context, of one prompt that a peer with a prefix cache
+    computes once.
 
-    A peer that keeps the prefix computes only what is new. `points` are (context in the middle of
-    the decode, seconds a token); growing ends early when the next context would take the peer
-    beyond `budget` seconds, taking its last one as the measure.
+    The cache is filled in rising order, each context extending the last, as long as `budget`
+    seconds are likely to hold the next one. Then come passes over all contexts that were reached:
+    each decodes a few tokens at every one, within seconds of each other and between two probes of
+    the bandwidth, which may change in the minutes that filling takes. A pass that the budget ends
+    is dropped, unless it is the first.
+
+    Returns what `Runner.run` found last and `contexts` (those reached), `seconds`, and `passes`:
+    `read_gb_s` beside `points`, (context in the middle of the decode, seconds a token) each.
     """
-    prompt = _prompt(_random("growth", seed), GROWTH_CONTEXTS[-1], vocab)
-    points, found, begin, last = [], {}, time.monotonic(), 0.0
-    for context in GROWTH_CONTEXTS:
-        if points and time.monotonic() - begin + 3 * last > budget:
+    begin = time.monotonic()
+    prompt = _prompt(_random("growth", seed), longest, vocab)
+    reached: list[int] = []
+    for context in [c for c in GROWTH_CONTEXTS if c < longest] + [longest]:
+        spent = time.monotonic() - begin
+        # What is computed grows with the square of the context at most.
+        if reached and spent * (context / reached[-1]) ** 2 > budget:
+            say(f"stopped after {spent:.0f} s: {context} tokens may not fit into {budget:.0f} s")
             break
-        work = Workload("growth", [prompt[:context]], [GROWTH_TOKENS])
-        found = peer.run(work, keep_prefix=bool(points))
-        last = found["seconds"]
-        itl = found["decode_seconds"] / (GROWTH_TOKENS - 1)
-        points.append([context + GROWTH_TOKENS / 2, itl])
-    return found | {"points": points, "seconds": time.monotonic() - begin}
+        found = peer.run(Workload("growth", [prompt[:context]], [1]), keep_prefix=bool(reached))
+        reached.append(context)
+        say(f"context {context} after {time.monotonic() - begin:.0f} s")
+    passes: list[dict[str, Any]] = []
+    rate = probe()
+    while len(passes) < GROWTH_PASSES:
+        points, before = [], rate
+        for context in reversed(reached):
+            work = Workload("growth", [prompt[:context]], [GROWTH_TOKENS])
+            found = peer.run(work, keep_prefix=True)
+            itl = found["decode_seconds"] / (GROWTH_TOKENS - 1)
+            points.append((context + GROWTH_TOKENS / 2, itl))
+            if passes and time.monotonic() - begin > budget:
+                break
+        if len(points) < len(reached):
+            break
+        rate = probe()
+        passes.append({"read_gb_s": max(before, rate), "points": sorted(points)})
+        say(f"pass {len(passes)} after {time.monotonic() - begin:.0f} s")
+    seconds = time.monotonic() - begin
+    return found | {"contexts": reached, "passes": passes, "seconds": seconds}
 
 
 def run_start(peer: Runner, vocab: int, seed: int) -> dict[str, Any]:

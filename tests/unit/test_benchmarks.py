@@ -11,6 +11,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import agreement  # noqa: E402
+import cpu_page  # noqa: E402
 import figures  # noqa: E402
 import fleet  # noqa: E402
 import limits  # noqa: E402
@@ -69,6 +70,7 @@ def compare(tmp_path, monkeypatch):
     monkeypatch.setattr(
         run.canary, "canary", lambda isa=None: {"read_gb_s": 10.0, "gemm_gflop_s": 100.0}
     )
+    monkeypatch.setattr(run.canary, "read_bandwidth", lambda isa=None: 10.0)
 
     def compare(*arguments: str):
         output = tmp_path / "result.json"
@@ -93,7 +95,28 @@ def test_a_run_measures_every_peer_and_writes_what_it_was_given(compare):
         ratio = report["summary"][name]["speed_of_ours_over"]["transformers,slowness=3"]
         assert ratio["median"] == pytest.approx(3.0)
     assert report["summary"]["start"]["trimaran"]["start_s"]["median"] > 0.01  # a process started
-    assert report["finished"] and report["kv_tokens"] == run.GROWTH_KV_TOKENS
+    assert report["finished"] and report["kv_tokens"] > workloads.GROWTH_CONTEXTS[-1]
+
+
+def test_growth_is_measured_as_far_as_it_is_asked_for(compare, capsys):
+    report = compare("--workloads", "growth", "--growth-to", "3000", "--peers", "trimaran")
+    found = report["raw"][0]["results"]["growth"]["trimaran"]
+    assert found["contexts"] == [512, 2048, 3000]
+    assert len(found["passes"]) == workloads.GROWTH_PASSES
+    growth = report["summary"]["growth"]["trimaran"]
+    assert growth["longest_context"]["median"] == 3008
+    assert growth["slope_us_per_token"]["median"] == pytest.approx(1.0)  # as the worker decodes
+    assert "context 3000 after" in capsys.readouterr().err
+    assert page.growth(report).met is False or "3008 of 32000" in page.growth(report).verdict
+
+
+def test_a_machine_that_never_holds_still_is_measured_so_many_times(compare, monkeypatch):
+    rates = iter(range(1, 100))
+    monkeypatch.setattr(
+        run.canary, "canary", lambda isa=None: {"read_gb_s": next(rates), "gemm_gflop_s": 1.0}
+    )
+    report = compare("--workloads", "batch1", "--rounds", "2", "--max-rounds", "3")
+    assert (report["rounds"], report["noisy_rounds_used"], report["finished"]) == (3, 3, True)
 
 
 def test_a_peer_that_computes_another_model_has_no_figures(compare):
@@ -205,20 +228,58 @@ def test_growth_is_a_line_over_the_bandwidth():
     assert "slope_over_limit" not in figures.growth_figures(points[:1], bound)
 
 
-def test_growing_stops_within_its_budget(monkeypatch):
-    clock = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(workloads, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+class Growing:
+    """A peer that takes a second for each new `thousand` of prompt tokens, and for each decode."""
 
-    class Slow:
-        def run(self, work, keep_prefix=False):
-            return {"seconds": 150.0, "decode_seconds": 15.0}
+    def __init__(self, clock):
+        self.clock, self.cached, self.asked = clock, 0, []
 
-    found = workloads.run_growth(Slow(), vocab=100, seed=0, budget=800.0)
-    assert [context for context, _ in found["points"]] == [520, 2056, 4104, 8200]
+    def run(self, work, keep_prefix=False):
+        length = len(work.prompts[0])
+        self.clock.now += max(length - self.cached, 0) / 1000 + (work.outputs[0] > 1)
+        self.cached = max(self.cached, length)
+        self.asked.append((length, work.outputs[0], keep_prefix))
+        return {"seconds": 1.0, "decode_seconds": length / 1e5}
 
 
-def test_no_prompt_begins_like_another():
+@pytest.fixture
+def growing(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(workloads, "time", clock)
+    return Growing(clock)
+
+
+def test_growing_computes_one_long_prompt_and_decodes_at_every_context(growing):
+    rates = iter([30.0, 40.0, 20.0, 20.0, 20.0, 20.0])
+    found = workloads.run_growth(growing, vocab=100, seed=0, probe=lambda: next(rates))
+    contexts = list(workloads.GROWTH_CONTEXTS)
+    assert growing.asked[: len(contexts)] == [(c, 1, c != contexts[0]) for c in contexts]
+    assert growing.asked[len(contexts) :] == [(c, 16, True) for c in reversed(contexts)] * 5
+    # The better of the probes before and after a pass: what the memory can do.
+    assert [each["read_gb_s"] for each in found["passes"]] == [40.0, 40.0, 20.0, 20.0, 20.0]
+    assert found["passes"][0]["points"][0] == (520, pytest.approx(512 / 1e5 / 15))
+    assert found["seconds"] == growing.clock.now == pytest.approx(32 + 5 * len(contexts))
+
+
+@pytest.mark.parametrize(
+    ("budget", "reached", "passes"),
+    [(10_000.0, 7, 5), (60.0, 7, 4), (35.0, 5, 3), (9.0, 3, 1)],
+)
+def test_growing_stops_within_its_budget(growing, budget, reached, passes):
+    said = []
+    found = workloads.run_growth(
+        growing, vocab=100, seed=0, budget=budget, probe=lambda: 10.0, say=said.append
+    )
+    assert found["contexts"] == list(workloads.GROWTH_CONTEXTS)[:reached]
+    assert len(found["passes"]) == passes
+    assert all(len(each["points"]) == reached for each in found["passes"])
+    assert any("may not fit" in line for line in said) == (reached < 7)
+
+
+def test_no_prompt_begins_like_another(monkeypatch):
     """A peer that cannot forget would be given the beginning of the next workload for nothing."""
+    monkeypatch.setattr(workloads.canary, "read_bandwidth", lambda: 10.0)
     given = []
 
     class Listener:
@@ -252,6 +313,7 @@ def test_peers_are_held_against_ours_of_their_width():
 def report_of(**medians: tuple[float, float]) -> dict:
     """A run of batch1: tokens/s and % of the limit by peer."""
     return {
+        "machine": {"isa": ["avx2", "avx512f"]},
         "peers": list(medians),
         "isa_cap": None,
         "summary": {
@@ -269,22 +331,87 @@ def report_of(**medians: tuple[float, float]) -> dict:
 @pytest.mark.parametrize(
     ("medians", "verdict", "against"),
     [
-        ({"trimaran": (20.0, 93.0), "vllm_cpu": (15.0, 70.0)}, True, "1.33× vllm_cpu"),
-        ({"trimaran": (20.0, 91.0), "vllm_cpu": (15.0, 70.0)}, False, "1.33× vllm_cpu"),
-        ({"trimaran": (14.0, 93.0), "vllm_cpu": (15.0, 70.0)}, False, "0.93× vllm_cpu"),
+        ({"trimaran": (20.0, 93.0), "vllm_cpu": (15.0, 70.0)}, "met", "1.33× vllm_cpu"),
+        (
+            {"trimaran": (20.0, 91.0), "vllm_cpu": (15.0, 70.0)},
+            "**missed**: 91 of 92 %",
+            "1.33× vllm_cpu",
+        ),
+        (
+            {"trimaran": (14.0, 60.5), "vllm_cpu": (15.0, 70.0)},
+            "**missed**: 60.5 of 92 %, 0.933 of 1×",
+            "0.93× vllm_cpu",
+        ),
         # Another width is another race; without a rival only half of the goal is decided.
-        ({"trimaran": (20.0, 93.0), "llama_cpp:q8_0": (40.0, 90.0)}, None, ""),
-        ({"trimaran": (20.0, 91.0)}, False, ""),
+        (
+            {"trimaran": (20.0, 93.0), "llama_cpp:q8_0": (40.0, 90.0)},
+            "open: no peer of this width",
+            "",
+        ),
+        ({"trimaran": (20.0, 91.0)}, "**missed**: 91 of 92 %", ""),
     ],
 )
 def test_a_goal_is_met_when_every_part_of_it_is(medians, verdict, against):
     goal = next(goal for goal in page.GOALS if goal.key == "batch1_bf16")
     row = goal.judge(report_of(**medians))
-    assert (row.met, row.ratio) == (verdict, against)
+    assert (row.verdict, row.against) == (verdict, against)
 
 
 def test_a_run_under_a_cap_decides_only_the_goals_of_that_cap():
     report = report_of(**{"trimaran": (20.0, 93.0), "llama_cpp:bf16": (15.0, 70.0)})
     report["isa_cap"] = "avx2"
+    assert {goal.key for goal in page.GOALS if goal.judge(report)} == {"avx2_batch1_bf16"}
+    # One that takes nothing from the processor decides both.
+    report["machine"]["isa"] = ["avx2"]
     decided = {goal.key for goal in page.GOALS if goal.judge(report)}
-    assert decided == {"avx2_batch1_bf16"}
+    assert decided == {"avx2_batch1_bf16", "batch1_bf16"}
+
+
+def test_the_page_says_of_each_goal_what_was_missed_or_not_measured(tmp_path, capsys):
+    report = report_of(**{"trimaran": (20.0, 60.0), "llama_cpp:bf16": (15.0, 70.0)})
+    report["machine"]["isa"], report["isa_cap"] = ["avx2"], "avx2"
+    rows = list(page.table({tmp_path / "cpu_x.json": report}))
+    by_title = {row.split(" | ")[0].removeprefix("| "): row for row in rows[2:]}
+    assert len(by_title) == len(rows) - 2
+    assert "**missed**: 60 of 92 %" in by_title["batch 1 decode, bf16, tokens/s"]
+    assert "| met |" in by_title["avx2 only, tokens/s, batch 1, bf16"]
+    assert "not measured: the processor has no avx512" in rows[-1]
+    assert {goal.title for goal in page.GOALS if goal.cap is None} <= set(by_title)
+
+
+def test_a_missed_goal_without_a_reason_is_told(tmp_path, monkeypatch, capsys):
+    report = report_of(**{"trimaran": (20.0, 60.0), "llama_cpp:bf16": (15.0, 70.0)})
+    monkeypatch.setattr(page, "NOTES", tmp_path / "none.md")
+    assert list(page.reasons({tmp_path / "cpu_x.json": report})) == []
+    assert "does not say why batch1_bf16 is missed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["avx2"], ["decode"]),
+        (["avx2", "avx512f"], ["decode", "cap_avx2"]),
+        (["avx2", "avx512f", "amx_bf16"], ["decode", "cap_avx2", "cap_avx512"]),
+    ],
+)
+def test_every_goal_has_a_part_that_measures_it(flags, names):
+    """As far as the processor can: what run.py would be told names what the goals are about."""
+    parts = cpu_page.parts(flags)
+    assert [part.name for part in parts if "prefill2048" in part.command] == names
+    asked = {word for part in parts for word in part.command}
+    assert asked >= {"batch1", "prefill2048", "mixed32", "shared_prefix", "start", "growth"}
+    assert ("--isa" in parts[0].command) == (flags == ["avx2"])
+
+
+def test_a_part_is_done_when_its_file_is_of_this_commit_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_page, "ROOT", tmp_path)
+    monkeypatch.setattr(cpu_page, "RESULTS", tmp_path)
+    part = cpu_page.parts(["avx2"])[0]
+    assert not part.is_done("abc")
+    report = {"commit": "abc", "command": " ".join(part.command), "finished": True}
+    part.output.write_text(json.dumps(report))
+    assert part.is_done("abc") and not part.is_done("abd")
+    part.output.write_text(json.dumps(report | {"finished": False}))
+    assert not part.is_done("abc")
+    part.output.write_text(json.dumps(report | {"command": "benchmarks/run.py"}))
+    assert not part.is_done("abc")
