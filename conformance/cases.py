@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ Arguments = tuple[Any, ...]
 Make = Callable[[int, torch.dtype], Arguments]
 
 SPECIAL = (float("nan"), float("inf"), float("-inf"))
-INDEXED = ("embed", "copy")  # ops whose second argument holds the values
-SPREADS = ("embed", "gather_rows", "sample", "draw")  # ops whose rows are not those of their input
+INDEXED = ("embed", "embed_packed", "copy")  # ops whose second argument holds the values
+# Ops whose rows are not those of their input.
+SPREADS = ("embed", "embed_packed", "gather_rows", "sample", "draw")
 
 
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -30,6 +32,10 @@ def dense(rows: int, columns: int, dtype: torch.dtype) -> PackedWeight:
 
 def _embed(ids: torch.dtype) -> Make:
     return lambda n, dtype: (torch.randint(0, 50, (n,), dtype=ids), normal(50, 24, dtype=dtype))
+
+
+def _embed_packed(ids: torch.dtype, vocab: int, hidden: int) -> Make:
+    return lambda n, dtype: (torch.randint(0, vocab, (n,), dtype=ids), dense(vocab, hidden, dtype))
 
 
 def _norm(*shape: int) -> Make:
@@ -124,6 +130,10 @@ _GATED: Mapping[str, Make] = {f"size {size}": _gated(size) for size in (1, 48, 6
 
 CASES: Mapping[str, Mapping[str, Make]] = {
     "embed": {"int32": _embed(torch.int32), "int64": _embed(torch.int64)},
+    "embed_packed": {
+        "int32, 96 of 64": _embed_packed(torch.int32, 96, 64),
+        "int64, 50 of 33": _embed_packed(torch.int64, 50, 33),
+    },
     "rms_norm": {
         "size 64": _norm(64),
         "size 120": _norm(120),
@@ -172,7 +182,7 @@ CHAIN_CASES: Mapping[str, Make] = {
 def sizes(op: str, args: Arguments) -> dict[str, int]:
     """The static sizes by which models bind `op` for these arguments."""
     first = args[0]
-    if op == "embed":
+    if op in ("embed", "embed_packed"):
         return {"vocab": args[1].shape[0], "hidden": args[1].shape[1]}
     if op.startswith("linear"):
         out_features, in_features = args[1].shape
@@ -212,10 +222,7 @@ class OpCase:
             args = table[self.variant](self.tokens, self.dtype)
         if self.special is None:
             return args
-        at = 1 if self.op in INDEXED else 0
-        bad = same_layout(args[at])
-        bad[min(1, len(bad) - 1)].view(-1)[0] = self.special
-        return (*args[:at], bad, *args[at + 1 :])
+        return spoiled(self.op, args, self.special)
 
     def text(self) -> str:
         """Code that makes the arguments, and what they are."""
@@ -227,6 +234,18 @@ class OpCase:
             f"{self.seed}{special}).arguments()\n"
             f"# {self.op}({shown})"
         )
+
+
+def spoiled(op: str, args: Arguments, value: float) -> Arguments:
+    """The arguments with `value` as the first element of the second (of the only) row of the one
+    that holds the values, which is copied."""
+    at = 1 if op in INDEXED else 0
+    given = args[at]
+    packed = isinstance(given, PackedWeight)
+    bad = same_layout(given.tensors[0] if packed else given)
+    bad[min(1, len(bad) - 1)].view(-1)[0] = value
+    replaced = dataclasses.replace(given, tensors=(bad,)) if packed else bad
+    return (*args[:at], replaced, *args[at + 1 :])
 
 
 def same_layout(tensor: Tensor) -> Tensor:

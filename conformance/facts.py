@@ -16,6 +16,7 @@ from .base import Subject
 
 TYPICAL: Mapping[str, Mapping[str, int]] = {
     "embed": {"vocab": 32_000, "hidden": 4096},
+    "embed_packed": {"vocab": 32_000, "hidden": 4096},
     "rms_norm": {"size": 4096},
     "add_rms_norm": {"size": 4096},
     "linear": {"in_features": 4096, "out_features": 4096},

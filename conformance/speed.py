@@ -56,6 +56,7 @@ def _typical(op: str, dtype: torch.dtype, hidden: int) -> Arguments:
             torch.arange(TOKENS),
             torch.ones(4 * TOKENS, hidden, dtype=dtype),
         ),
+        "embed_packed": lambda: (torch.arange(TOKENS), _weight(4 * TOKENS, hidden, dtype)),
         "rms_norm": lambda: (wide, wide[0], 1e-6),
         "add_rms_norm": lambda: (wide, wide, wide[0], 1e-6),
         "linear": lambda: (wide, _weight(hidden, hidden, dtype), None),

@@ -221,6 +221,15 @@ class OpBinder:
         packed = any(isinstance(inspect.unwrap(one), OpImpl) for one in (bound, reader) if one)
         return self._packers.get(DENSE, DensePacker()) if packed else DensePacker()
 
+    def looks_up_packed(self, dtype: torch.dtype, shape: tuple[int, int]) -> bool:
+        """Are rows of a dense weight `[vocab, hidden]` to be looked up as it is packed for
+        `linear`? Not where packing leaves it as it is: `embed` reads it then."""
+        packer = self.packer(dtype, WeightUse.by_linear(shape))
+        if packer.packed_bytes(dtype, shape) is None:
+            return False
+        use = OpSignature("embed_packed", dtype, {"vocab": shape[0], "hidden": shape[1]})
+        return any(impl.supports(use) for impl in self._impls.get(use.op, ()))
+
     def pack(
         self,
         weight: Tensor,

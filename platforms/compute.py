@@ -216,9 +216,10 @@ class PackedWeight:
 class WeightPacker(Contract):
     """Turns canonical tensors (for `dense`: `weight`, `[out, in]`; for quantized weights what
     their format names) into a layout that every `linear` of the same platform reads which supports
-    that `OpSignature.weight_format`. `format` names the canonical form it takes. `layout`: name and
-    version of the layout where packed weights are plain tensors, which may be kept in a file and
-    given back at another start; empty: they are not."""
+    that `OpSignature.weight_format`; the dense one is read by `embed_packed`, too. `format` names
+    the canonical form it takes. `layout`: name and version of the layout where packed weights are
+    plain tensors, which may be kept in a file and given back at another start; empty: they are
+    not."""
 
     format: str
     layout: str = ""
@@ -228,8 +229,9 @@ class WeightPacker(Contract):
 
     def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int | None:
         """What a weight `[out, in]` of `dtype` takes once packed; None: it is kept as it is, so
-        that a table which serves twice (tied embeddings) is held once. Of a quantized format
-        `dtype` is what the layer computes in."""
+        that a table which serves twice (tied embeddings) is held once. (One that is packed is held
+        once where the platform has an `embed_packed`.) Of a quantized format `dtype` is what the
+        layer computes in."""
         return None
 
 

@@ -40,6 +40,27 @@ class NativeEmbed(NativeOp):
         call.n[:6] = size, entries, ids.dtype.itemsize, *strides
 
 
+class NativeEmbedPacked(NativeOp):
+    """Rows out of the panels of `NativeDensePacker`."""
+
+    op, kernel = "embed_packed", "take_packed_rows"
+
+    def dtype_of(self, args: Sequence[Any]) -> torch.dtype:
+        dtype: torch.dtype = args[1].tensors[0].dtype
+        return dtype
+
+    def outputs(self, args: Sequence[Any]) -> Sequence[Output]:
+        ids, weight = args
+        return [Output((len(ids), weight.shape[1]), self.dtype_of(args))]
+
+    def fill(self, call: Call, out: Sequence[Operand], args: Sequence[Any]) -> None:
+        ids, weight = args
+        call.input[:2] = ids.address, weight.tensors[0].data_ptr()
+        call.output[0] = out[0].address
+        entries, size = weight.shape
+        call.n[:5] = size, entries, ids.dtype.itemsize, ids.strides[0], out[0].strides[0]
+
+
 class NativeGatherRows(NativeOp):
     op, kernel = "gather_rows", "take_rows"
     tensors = (1, 0)
@@ -214,6 +235,7 @@ def cpu_ops() -> dict[str, list[OpImpl]]:
     """The best first; IPEX's and torch's serve where the native library cannot."""
     native: list[OpImpl] = [
         NativeEmbed(),
+        NativeEmbedPacked(),
         NativeRmsNorm(),
         NativeAddRmsNorm(),
         NativeAdd(),

@@ -81,6 +81,14 @@ def embed(ids: Tensor, table: Tensor) -> Tensor:
     return F.embedding(ids, table)
 
 
+def embed_packed(ids: Tensor, weight: PackedWeight) -> Tensor:
+    """`embed` where the table is the head as well: ids `[tokens]`, dense weight `[vocab, hidden]`,
+    packed as for `linear` -> `[tokens, hidden]`."""
+    if weight.format != DENSE:
+        raise ValueError(f"The reference of `embed_packed` reads no {weight.format!r} weights.")
+    return embed(ids, weight.tensors[0])
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x `[..., size]`, weight `[size]` -> like x: x / sqrt(mean(x^2) + eps) * weight.
 
@@ -241,6 +249,7 @@ OPS: Mapping[str, OpSpec] = {
         OpSpec("gather_rows", gather_rows, _COPIED),
         OpSpec("copy", copy, _COPIED),
         OpSpec("sample", sample, _COPIED),
+        OpSpec("embed_packed", embed_packed, _COPIED, False),
         OpSpec("moe", moe, _ACCUMULATED, False),
         OpSpec("draw", draw, dict.fromkeys(_ROUNDING, _ROUNDING[torch.float32]), False),
         OpSpec("add_rms_norm", add_rms_norm, _ROUNDING, False, ("add", "rms_norm")),

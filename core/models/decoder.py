@@ -11,7 +11,16 @@ from torch import Tensor
 from ...platforms.interface import Communicator, LayerKV
 from ..ops import OpBinder
 from .experts import SparseMLP
-from .layers import Attention, BuildContext, GatedMLP, LmHead, RMSNorm, VocabEmbedding
+from .layers import (
+    Attention,
+    BuildContext,
+    Embedding,
+    GatedMLP,
+    LmHead,
+    PackedEmbedding,
+    RMSNorm,
+    VocabEmbedding,
+)
 from .rope import cos_sin_table
 from .spec import DecoderSpec
 from .step import StepBuffers
@@ -68,6 +77,7 @@ class Decoder(Layer):
         layers: LayerRange | None = None,
     ) -> None:
         self.spec = spec
+        self.dtype = dtype
         self.buffers = buffers
         self.device = binder.device
         self.layer_range = layers or LayerRange(0, spec.num_layers)
@@ -75,24 +85,30 @@ class Decoder(Layer):
         cos_sin = self.device.alloc(table.shape, table.dtype, tag="weights").copy_(table)
         context = BuildContext(spec, binder, buffers, comm, dtype, cos_sin)
         self.layers = [DecoderLayer(context, index) for index in range(*self.layer_range)]
-        self.embed = VocabEmbedding(context, spec.names.of("embed")) if self.is_first else None
+        self.embed, self.head = self._build_ends(context)
         self.norm: RMSNorm | None = None
-        self.head: LmHead | None = None
         if self.is_last:
             self.norm = RMSNorm(context, spec.names.of("norm"), spec.hidden_size)
-            self.head = self._build_head(context)
         self._add = context.bind("add", size=spec.hidden_size)
         # Loaded in this order: what packing takes besides is most for the largest tables, and gone
         # before the layers are there.
         parts = (self.embed, self.head, *self.layers, self.norm)
         self.children = tuple(part for part in parts if part is not None)
 
-    def _build_head(self, context: BuildContext) -> LmHead:
-        names = self.spec.names
-        if not self.spec.tie_embeddings:
-            return LmHead(context, names.of("head"))
+    def _build_ends(self, context: BuildContext) -> tuple[Embedding | None, LmHead | None]:
+        """What this stage has of embedding and head. Tied ones are held once: the embedding reads
+        what the head has packed, or the head what the embedding has."""
+        tied, table = self.spec.tie_embeddings, self.spec.names.of("embed")
+        if tied and self.is_first and self.is_last and PackedEmbedding.fits(context):
+            head = LmHead(context, table)
+            return PackedEmbedding(context, head), head
+        embed = VocabEmbedding(context, table) if self.is_first else None
+        if not self.is_last:
+            return embed, None
+        if not tied:
+            return embed, LmHead(context, self.spec.names.of("head"))
         # A last stage that is not the first one reads the embedding's tensor for itself.
-        return LmHead(context, names.of("embed"), self.embed.table if self.embed else None)
+        return embed, LmHead(context, table, embed.table if embed else None)
 
     @property
     def is_first(self) -> bool:

@@ -18,7 +18,7 @@ from ...platforms.interface import DENSE, INT8, Communicator, LayerKV, PackedWei
 from ..errors import ModelLoadError
 from ..ops import OpBinder, WeightUse
 from ..quantization.codes import NotFiniteError, largest_of_rows
-from ..quantization.scheme import WeightScheme
+from ..quantization.scheme import PLAIN, WeightScheme
 from .spec import DecoderSpec
 from .step import StepBuffers
 from .weights import Layer, Read, WeightSlot, WeightSource
@@ -292,17 +292,42 @@ class VocabShare(NamedTuple):
             read(slot, table[: self.filled])
 
 
-class VocabEmbedding(Layer):
-    """Token ids `[tokens]` → `[tokens, hidden]`, the table split by vocabulary."""
+class Embedding(Layer):
+    """Token ids `[tokens]` → `[tokens, hidden]`, split by vocabulary. `op` looks the rows up in
+    `weight`, which is the subclass's matter."""
+
+    def __init__(self, context: BuildContext, op: str) -> None:
+        vocab, hidden = context.spec.vocab_size, context.spec.hidden_size
+        self._comm = context.comm
+        self._share = VocabShare.of_rank(vocab, context.comm)
+        self._embed = context.bind(op, vocab=self._share.rows, hidden=hidden)
+
+    @property
+    def weight(self) -> Tensor | PackedWeight:
+        """This rank's rows, after `load`."""
+        raise NotImplementedError
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        if self._comm.size == 1:
+            return self._embed(token_ids, self.weight)
+        local = token_ids - self._share.start
+        ours = (local >= 0) & (local < self._share.rows)
+        hidden = self._embed(local * ours, self.weight)
+        return self._comm.all_reduce(hidden.masked_fill(~ours.unsqueeze(-1), 0))
+
+
+class VocabEmbedding(Embedding):
+    """One with a table of its own, which a tied head may read."""
 
     def __init__(self, context: BuildContext, name: str) -> None:
-        spec = context.spec
+        super().__init__(context, "embed")
         self._name = name
-        self._comm = context.comm
-        self._shape = (spec.vocab_size, spec.hidden_size)
-        self._share = VocabShare.of_rank(spec.vocab_size, context.comm)
-        self.table = self._share.pad(context.alloc(self._share.rows, spec.hidden_size))
-        self._embed = context.bind("embed", vocab=self._share.rows, hidden=spec.hidden_size)
+        self._shape = (context.spec.vocab_size, context.spec.hidden_size)
+        self.table = self._share.pad(context.alloc(self._share.rows, self._shape[1]))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.table
 
     def slots(self) -> Iterator[WeightSlot]:
         return self._share.slots(self._name, self._shape)
@@ -310,13 +335,25 @@ class VocabEmbedding(Layer):
     def load(self, source: WeightSource) -> None:
         self._share.fill(self.table, self.slots(), source.read)
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        if self._comm.size == 1:
-            return self._embed(token_ids, self.table)
-        local = token_ids - self._share.start
-        ours = (local >= 0) & (local < self._share.rows)
-        hidden = self._embed(local * ours, self.table)
-        return self._comm.all_reduce(hidden.masked_fill(~ours.unsqueeze(-1), 0))
+
+class PackedEmbedding(Embedding):
+    """One that reads the packed weight of a tied head, so that it is held once."""
+
+    def __init__(self, context: BuildContext, head: LmHead) -> None:
+        super().__init__(context, "embed_packed")
+        self._head = head
+
+    @staticmethod
+    def fits(context: BuildContext) -> bool:
+        """Does the head keep the table's values, packed so that rows can be looked up?"""
+        binder, hidden = context.binder, context.spec.hidden_size
+        rows = VocabShare.of_rank(context.spec.vocab_size, context.comm).rows
+        plain = binder.scheme(hidden, head=True) == PLAIN
+        return plain and binder.looks_up_packed(context.dtype, (rows, hidden))
+
+    @property
+    def weight(self) -> PackedWeight:
+        return self._head.packed
 
 
 class LmHead(Linear):

@@ -15,6 +15,7 @@ from ...platforms.interface import Communicator, PackedWeight, Platform
 from ...platforms.ops import DENSE
 from ..config import EngineConfig
 from ..models.decoder import Decoder
+from ..models.layers import VocabEmbedding
 from ..models.registry import decoder_spec
 from ..models.spec import DecoderSpec
 from ..models.step import StepBuffers, StepGroup, make_groups, slot_dtype
@@ -127,9 +128,9 @@ class PackingSizes(OpBinder):
 
 @dataclass(frozen=True, slots=True)
 class RankMemory:
-    """Bytes of one rank. `matrices`: linear layers as the platform holds them, the head included
-    unless it is the embedding's own table (`head_is_table`); `experts`: of `matrices`, what a
-    mixture's experts take; `vectors`: norms and biases."""
+    """Bytes of one rank. `matrices`: linear layers as the platform holds them; `embedding`: its
+    table. Where that is the head too (`head_is_table`), it is the one of the two that is held.
+    `experts`: of `matrices`, what a mixture's experts take; `vectors`: norms and biases."""
 
     matrices: int
     experts: int
@@ -203,15 +204,14 @@ def rank_memory(
     rows = RowTable(device, num_seqs, max_model_len, [g.spec.block_size for g in groups])
     held = device.held()
     del rows
-    assert decoder.embed is not None
     sizes: Counter[str] = Counter()
     vectors = 0
     for tensor, tag in held:
         sizes[tag] += tensor.numel() * tensor.element_size()
         if tag == "weights" and tensor.dim() == 1:
             vectors += tensor.numel() * tensor.element_size()
-    table = decoder.embed.table
-    embedding = table.numel() * table.element_size()
+    table = decoder.embed.table if isinstance(decoder.embed, VocabEmbedding) else None
+    embedding = 0 if table is None else table.numel() * table.element_size()
     rope = (max_model_len + SLACK) * spec.rope.dim * torch.float32.itemsize
     kept = sizes["weights"] - embedding - rope - vectors
     return RankMemory(
@@ -222,7 +222,7 @@ def rank_memory(
         rope=rope,
         step=sizes["step"],
         rows=sizes["rows"],
-        head_is_table=packing.keeps(table),
+        head_is_table=table is None or packing.keeps(table),
         shapes=shapes,
     )
 

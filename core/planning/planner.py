@@ -235,11 +235,15 @@ class _Planner:
         }
 
     def _weights_of(self, memory: RankMemory) -> dict[str, Figure]:
-        head = "the head is the embedding's table" if memory.head_is_table else "head included"
+        packed, table = "head included", "kept as it is, to be looked up in"
+        if not memory.embedding:
+            table = "the head as it is packed"
+        elif memory.head_is_table:
+            packed = "the head is the embedding's table"
         return {
             "weights": Figure(memory.weights, BYTES, "the four below"),
-            "matrices": Figure(memory.matrices, BYTES, f"as the platform packs them, {head}"),
-            "embedding": Figure(memory.embedding, BYTES, "kept as it is, to be looked up in"),
+            "matrices": Figure(memory.matrices, BYTES, f"as the platform packs them, {packed}"),
+            "embedding": Figure(memory.embedding, BYTES, table),
             "norms and biases": Figure(memory.vectors, BYTES, "the decoder's own tensors"),
             "rope table": Figure(memory.rope, BYTES, "fp32, a row a position of max_model_len"),
         }

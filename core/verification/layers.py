@@ -56,7 +56,7 @@ def trace_layers(
     layer also runs on that trace's input."""
     assert decoder.embed is not None and decoder.norm is not None, "a whole decoder"
     embed, norm, buffers = decoder.embed, decoder.norm, decoder.buffers
-    dtype, count = embed.table.dtype, len(token_ids)
+    dtype, count = decoder.dtype, len(token_ids)
     ids, positions = torch.tensor(list(token_ids)), torch.arange(count)
     staged_ids, staged_positions = device.to_device(ids), device.to_device(positions)
     tables = [_first_blocks(device, group.spec.block_size, count) for group in buffers.groups]

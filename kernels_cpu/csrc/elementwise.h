@@ -75,24 +75,35 @@ static void silu_mul(const Call& call, const Team& team) { gated<Silu>(call, tea
 static void gelu_mul(const Call& call, const Team& team) { gated<Gelu>(call, team); }
 static void gelu_tanh_mul(const Call& call, const Team& team) { gated<GeluTanh>(call, team); }
 
+// Rows by their ids, int32 or int64 [rows]: calls take(to, id, first column, columns) for pieces of
+// each row of out, and writes NaN where an id is none of the entries. in: ids. n: size, entries,
+// bytes of an id, strides of ids and, as `out_stride`, of out.
+template <class T, class Take>
+INLINE void for_ids(const Call& call, const Team& team, int64_t out_stride, Take take) {
+    const int64_t* n = call.n;
+    const bool wide = n[2] == 8;
+    T* out = (T*)call.out[0];
+    for_pieces(rows_of(call, team), n[0], team, [&](int64_t row, int64_t first, int64_t size) {
+        const int64_t at = row * n[3];
+        const int64_t id = wide ? ((const int64_t*)call.in[0])[at] : ((const int32_t*)call.in[0])[at];
+        T* to = out + row * out_stride + first;
+        if (id >= 0 && id < n[1])
+            take(to, id, first, size);
+        else
+            __builtin_memset((void*)to, 0xff, size * sizeof(T));  // NaN in every element type
+    });
+}
+
 // in: ids [rows], int32 or int64, and a table [entries, size]. out: [rows, size], the table's rows
 // by their ids; a row of NaN for an id that is not in the table. n: size, entries, bytes of an id,
 // strides of ids, table and out.
 static void take_rows(const Call& call, const Team& team) {
-    const int64_t* n = call.n;
-    const bool wide = n[2] == 8;
+    const int64_t stride = call.n[4];
     with_element(call.element, [&](auto* of_type) {
         using T = typename Bare<decltype(of_type)>::type;
         const T* table = (const T*)call.in[1];
-        T* out = (T*)call.out[0];
-        for_pieces(rows_of(call, team), n[0], team, [&](int64_t row, int64_t first, int64_t size) {
-            const int64_t at = row * n[3];
-            const int64_t id = wide ? ((const int64_t*)call.in[0])[at] : ((const int32_t*)call.in[0])[at];
-            T* to = out + row * n[5] + first;
-            if (id >= 0 && id < n[1])
-                __builtin_memcpy((void*)to, table + id * n[4] + first, size * sizeof(T));
-            else
-                __builtin_memset((void*)to, 0xff, size * sizeof(T));  // NaN in every element type
+        for_ids<T>(call, team, call.n[5], [&](T* to, int64_t id, int64_t first, int64_t size) {
+            __builtin_memcpy((void*)to, table + id * stride + first, size * sizeof(T));
         });
     });
 }

@@ -4,6 +4,7 @@
 // [N / PANEL][K / 2][PANEL][2] in bf16, edges filled with zeros. The layout is the same for every
 // instruction set.
 #pragma once
+#include "elementwise.h"
 #include "tile.h"
 #ifdef TRIMARAN_AMX
 #include "linear_tiles.h"
@@ -52,6 +53,23 @@ static void pack_dense(const Call& call, const Team& team) {
         for_panels(n_size, team, [&](int64_t first, int64_t filled) {
             pack_panel(weight + first * stride, stride, filled, k_size,
                        packed + first / PANEL * panel_elements<B>(k_size));
+        });
+    });
+}
+
+// As take_rows, from a packed weight [N, K]. n: K, N, bytes of an id, strides of ids and out.
+static void take_packed_rows(const Call& call, const Team& team) {
+    const int64_t k_size = call.n[0];
+    with_element(call.element, [&](auto* of_type) {
+        using B = typename Bare<decltype(of_type)>::type;
+        constexpr int P = PairsOf<B>::value;
+        const B* packed = (const B*)call.in[1];
+        for_ids<B>(call, team, call.n[4], [&](B* to, int64_t id, int64_t first, int64_t size) {
+            const B* row = packed + id / PANEL * panel_elements<B>(k_size) + id % PANEL * P;
+            for (int64_t i = 0; i < size; i++) {
+                const int64_t k = first + i;
+                to[i] = row[k / P * PANEL * P + k % P];
+            }
         });
     });
 }

@@ -353,7 +353,7 @@ def off_by_one(op: str) -> Callable[..., Any]:
     return call
 
 
-for _op in ("embed", "rms_norm", "linear", "add_rms_norm", "gather_rows", "copy"):
+for _op in ("embed", "embed_packed", "rms_norm", "linear", "add_rms_norm", "gather_rows", "copy"):
     _name = "OffByOne" + _op.title().replace("_", "")
     globals()[_name] = bug(f"L1/{_op}/vendor/float32")(
         type(

@@ -80,7 +80,7 @@ NO_BUG_FOR = {
 }
 """Kinds of checks that no platform here fails first, and why not."""
 
-COPIES = ("embed", "gather_rows", "copy", "sample")
+COPIES = ("embed", "embed_packed", "gather_rows", "copy", "sample")
 
 
 def kind(full_name: str) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from trimaran.core.errors import ConfigError, ModelLoadError
 from trimaran.core.models import loader
 from trimaran.core.models.checkpoint import Checkpoint
+from trimaran.core.models.layers import VocabEmbedding
 from trimaran.core.models.weights import WeightSlot
 from trimaran.platforms.communicator import LocalCommunicator
 from trimaran.platforms.cpu import CpuPlatform
@@ -329,7 +330,7 @@ def test_a_share_is_padded_with_zeros_and_no_larger_than_it_must() -> None:
     """1031 ids on two ranks: 516 rows each, the last of rank 1 none of the vocabulary's."""
     path = model_path("llama3")
     one = Harness(StrictPlatform(), path, length=32, comm=LastOfTwo())
-    assert one.decoder.embed is not None and one.decoder.head is not None
+    assert isinstance(one.decoder.embed, VocabEmbedding) and one.decoder.head is not None
     whole = load_file(path / FILE)
     table = one.decoder.embed.table
     assert torch.equal(table[:515], whole["model.embed_tokens.weight"][516:])

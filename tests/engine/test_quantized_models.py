@@ -23,6 +23,7 @@ from trimaran.core.args import EngineArgs
 from trimaran.core.dtypes import choose_kv_dtype
 from trimaran.core.errors import ConfigError, ModelLoadError
 from trimaran.core.executor import UniExecutor
+from trimaran.core.models.layers import VocabEmbedding
 from trimaran.core.planning.model import read_model
 from trimaran.core.planning.planner import plan
 from trimaran.core.planning.targets import find_targets
@@ -154,7 +155,7 @@ def test_a_tied_table_stays_for_the_embedding() -> None:
         one = Harness(platform, model_path("qwen3_tied"), length=32, quantization="int8")
         stored = load_file(model_path("qwen3_tied") / FILE)["model.embed_tokens.weight"]
         embed, head = one.decoder.embed, one.decoder.head
-        assert embed is not None and head is not None and head._packed is not None
+        assert isinstance(embed, VocabEmbedding) and head is not None and head._packed is not None
         assert torch.equal(embed.table, stored)
         first = head._packed.tensors[0]
         assert first.dtype == (torch.int8 if isinstance(platform, Native) else torch.float32)

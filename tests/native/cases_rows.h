@@ -47,14 +47,30 @@ inline std::vector<Case> gated(int kernel) {
     });
 }
 
+// Some ids, one below 0 and one too large among them: int32 for `edges`.
+inline Memory ids(int64_t rows, int64_t entries, Random& random, Values values) {
+    std::vector<int64_t> wide;
+    for (int64_t row = 0; row < rows; row++) wide.push_back(random.below(entries + 2) - 1);
+    const std::vector<int32_t> narrow(wide.begin(), wide.end());
+    return values == Values::edges ? listed(narrow) : listed(wide);
+}
+
+inline std::vector<Case> take_packed_rows(int kernel) {
+    return over_sizes(kernel, 12, [](Case& one, Element element, int64_t rows, int64_t size,
+                                     Random& random, Values values) {
+        const int64_t entries = 43;
+        one.in(0, ids(rows, entries, random, values));
+        one.in(1, packed_dense(element, {0, entries, size}, random));
+        one.sizes({size, entries, values == Values::edges ? 4 : 8, 1, size + GAP});
+        one.out_exact(span(rows, size) * bytes_of(element));
+    });
+}
+
 inline std::vector<Case> take_rows(int kernel) {
     return over_sizes(kernel, 5, [](Case& one, Element element, int64_t rows, int64_t size,
                                     Random& random, Values values) {
         const int64_t entries = 11;
-        std::vector<int64_t> wide;
-        for (int64_t row = 0; row < rows; row++) wide.push_back(random.below(entries + 2) - 1);
-        const std::vector<int32_t> narrow(wide.begin(), wide.end());
-        one.in(0, values == Values::edges ? listed(narrow) : listed(wide));
+        one.in(0, ids(rows, entries, random, values));
         one.in(1, numbers(element, span(entries, size), random, values));
         one.sizes({size, entries, values == Values::edges ? 4 : 8, 1, size + GAP, size + GAP});
         one.out_exact(span(rows, size) * bytes_of(element));

@@ -27,6 +27,7 @@ const std::map<std::string, Cases>& table() {
         {"gelu_mul", gated},
         {"gelu_tanh_mul", gated},
         {"take_rows", take_rows},
+        {"take_packed_rows", take_packed_rows},
         {"rms_norm", rms_norm},
         {"add_rms_norm", add_rms_norm},
         {"rope", rope},

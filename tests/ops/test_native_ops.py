@@ -14,6 +14,7 @@ from torch import Tensor
 from trimaran.conformance.compare import as_tuple, difference
 from trimaran.kernels_cpu.library import Call, library
 from trimaran.platforms import cpu_native, cpu_ops
+from trimaran.platforms.cpu_dense import NativeDensePacker
 from trimaran.platforms.interface import OpSignature
 from trimaran.platforms.ops import EXACT, OPS
 
@@ -81,7 +82,9 @@ def drawing(
 
 
 NATIVE = [
-    op for op, impls in cpu_ops.cpu_ops().items() if impls[0].name == "native" and op != "linear"
+    op
+    for op, impls in cpu_ops.cpu_ops().items()
+    if impls[0].name == "native" and op not in ("linear", "embed_packed")  # of packed weights
 ]
 
 
@@ -137,10 +140,28 @@ def test_activations_in_fp32_are_near_what_they_mean(op: str, activation: int) -
     assert bool(((found - expected).abs() <= bound + 1e-38).all())
 
 
-def test_an_id_outside_the_table_gives_a_row_of_nan() -> None:
-    table = torch.randn(4, 6).bfloat16()
+@pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_a_packed_table_are_its_own(
+    dtype: torch.dtype, ids: torch.dtype, threads: Callable[[int], None]
+) -> None:
+    """Every row, of vocabularies around a panel and beyond; ids lie apart, as columns do."""
+    for vocab in (1, 31, 32, 33, 97):
+        for size in SIZES:
+            table = columns(vocab, size, dtype)
+            packed = NativeDensePacker().pack({"weight": table}, (vocab, size))
+            order = torch.randperm(vocab).repeat_interleave(2).to(ids)[::2]
+            for count in (1, 3):
+                threads(count)
+                assert torch.equal(native("embed_packed")(order, packed), table[order.long()])
+
+
+@pytest.mark.parametrize("op", ["embed", "embed_packed"])
+def test_an_id_outside_the_table_gives_a_row_of_nan(op: str) -> None:
+    table: Any = torch.randn(4, 6).bfloat16()
+    packed = NativeDensePacker().pack({"weight": table}, (4, 6)) if op == "embed_packed" else table
     for outside in (-1, 4, 1 << 30):
-        found = native("embed")(torch.tensor([1, outside, 3]), table)
+        found = native(op)(torch.tensor([1, outside, 3]), packed)
         assert torch.equal(found[[0, 2]], table[[1, 3]])
         assert found[1].isnan().all()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimaran.conformance.cases import CASES, INDEXED, SPECIAL, SPREADS, OpCase, normal
+from trimaran.conformance.cases import CASES, SPECIAL, SPREADS, OpCase, normal, spoiled
 from trimaran.conformance.compare import as_tuple
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cuda import CudaPlatform
@@ -85,11 +85,7 @@ def test_places_nan_and_infinity_where_the_reference_does(
     torch.manual_seed(1)
     packer = platform().weight_packers().get(DENSE, DensePacker())
     for make in CASES[impl.op].values():
-        args = make(3, dtype)
-        poisoned = 1 if impl.op in INDEXED else 0
-        bad = args[poisoned].clone()
-        bad[1].view(-1)[0] = value
-        args = tuple(bad if i == poisoned else arg for i, arg in enumerate(args))
+        args = spoiled(impl.op, make(3, dtype), value)
         expected = OPS[impl.op].reference(
             *(a.clone() if isinstance(a, Tensor) else a for a in args)
         )
