@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import MAIN_FIGURE, SMALLER_IS_BETTER
-from fleet import PeerSpec
+from fleet import PRECISIONS, PeerSpec
 
 HERE = Path(__file__).resolve().parent
 NOTES = HERE / "cpu_notes.md"
@@ -361,6 +361,13 @@ def no_processor(cap: str, reports: dict[Path, Report]) -> str:
     return f": the processor has no {cap}"
 
 
+def absent(reports: dict[Path, Report]) -> Iterator[str]:
+    """The engines that no goal was held against, though run.py knows them."""
+    seen = {PeerSpec.parse(name).engine for r in reports.values() for name in r.get("peers", ())}
+    if missing := [engine for engine in PRECISIONS if engine not in seen]:
+        yield f"\nEngines that took part in none of these runs: {', '.join(missing)}."
+
+
 def link(file: Path) -> str:
     return f"[{file.stem}]({os.path.relpath(file, PAGE.parent)})"
 
@@ -438,7 +445,7 @@ one too.
 def write(files: list[Path]) -> None:
     reports = {file.resolve(): json.loads(file.read_text()) for file in files}
     runs = {file: report for file, report in reports.items() if "summary" in report}
-    lines = [INTRODUCTION, "## Goals\n", *table(reports)]
+    lines = [INTRODUCTION, "## Goals\n", *table(reports), *absent(reports)]
     if why := list(reasons(reports)):
         lines += ["\n## Why goals are missed\n", *why]
     lines.append("## The runs" if why else "\n## The runs")

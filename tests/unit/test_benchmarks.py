@@ -377,6 +377,8 @@ def test_the_page_says_of_each_goal_what_was_missed_or_not_measured(tmp_path, ca
     assert "| met |" in by_title["avx2 only, tokens/s, batch 1, bf16"]
     assert "not measured: the processor has no avx512" in rows[-1]
     assert {goal.title for goal in page.GOALS if goal.cap is None} <= set(by_title)
+    (line,) = page.absent({tmp_path / "cpu_x.json": report})
+    assert line.endswith("none of these runs: transformers, vllm_cpu, openvino.")
 
 
 def test_a_missed_goal_without_a_reason_is_told(tmp_path, monkeypatch, capsys):
