@@ -24,6 +24,9 @@ PRECISIONS = {
     "llama_cpp": ("bf16", "q8_0", "q4_0"),
     "openvino": ("bf16", "int8", "int4"),
 }
+# Unset: modules of a clone are compiled once, as those of an installed package are by pip, and not
+# again at every start.
+KEPT_BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
 CONVERTERS = {"llama_cpp": ("convert_gguf.py", ".gguf"), "openvino": ("convert_openvino.py", "")}
 ONEDNN_ISA = {"avx2": "AVX2", "avx512": "AVX512_CORE"}
 # Free memory to keep when a peer is started whose size is not known yet.
@@ -90,7 +93,7 @@ class PeerSpec:
 
     def environment(self, isa: str | None, threads: int, python: Path) -> dict[str, str]:
         """Variables of the worker's process: threads, no network, the cap, preloaded libraries."""
-        variables = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        variables = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"} | KEPT_BYTECODE
         if isa:
             # Torch's own loops; oneDNN in torch, vLLM and OpenVINO; our kernels. llama.cpp has no
             # such switch: it is built for the cap (peers.py).

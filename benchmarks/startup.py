@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import socket
 import statistics
@@ -34,7 +35,10 @@ def one_start(arguments: list[str]) -> dict[str, float | str]:
     port = free_port()
     command = [sys.executable, "-m", "trimaran", "serve", "--port", str(port), *arguments]
     start = time.perf_counter()
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Unset: a clone's modules are compiled once, as those of an installed package are by pip.
+    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    silent = subprocess.DEVNULL
+    server = subprocess.Popen(command, stdout=silent, stderr=silent, env=variables)
     url = f"http://127.0.0.1:{port}"
     try:
         with httpx.Client(timeout=30) as client:

@@ -35,7 +35,7 @@ OPTIONS = {{}}
 
 def load(model, threads, kv_tokens, max_len, options):
     OPTIONS.update(options)
-    return {{"seconds": 0.5, "flags": options}}
+    return {{"seconds": 0.5, "flags": options | {{"bytecode": not sys.dont_write_bytecode}}}}
 
 def run(prompts, outputs, keep_prefix):
     if OPTIONS.get("dies_in") == "run":
@@ -117,6 +117,12 @@ def test_a_machine_that_never_holds_still_is_measured_so_many_times(compare, mon
     )
     report = compare("--workloads", "batch1", "--rounds", "2", "--max-rounds", "3")
     assert (report["rounds"], report["noisy_rounds_used"], report["finished"]) == (3, 3, True)
+
+
+def test_modules_are_not_compiled_at_every_start(compare, monkeypatch):
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    report = compare("--workloads", "batch1", "--peers", "transformers")
+    assert all(flags["bytecode"] for flags in report["flags"].values())
 
 
 def test_a_peer_that_computes_another_model_has_no_figures(compare):
