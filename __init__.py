@@ -7,6 +7,8 @@ neither torch nor a device.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .core.imports import uncollected
+
 if TYPE_CHECKING:
     from .core.async_engine import AsyncEngine
     from .core.llm import LLM
@@ -39,7 +41,8 @@ def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(home, __name__), name)
+    with uncollected():
+        value = getattr(import_module(home, __name__), name)
     globals()[name] = value
     return value
 

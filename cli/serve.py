@@ -8,6 +8,7 @@ import sys
 
 from ..core.args import EngineArgs, ServerArgs
 from ..core.errors import ConfigError
+from ..core.imports import uncollected
 from . import config_file
 from .flags import add_flags, build
 
@@ -49,7 +50,8 @@ def run(namespace: argparse.Namespace) -> int:
         sock = open_socket(args)
         # Until the server handles signals itself: leaving while modules load is a clean end, too.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-        from ..server.serve import serve
+        with uncollected():
+            from ..server.serve import serve
     except ImportError as error:
         print(
             f"trimaran: error: the server needs more packages ({error}): "

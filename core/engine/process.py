@@ -9,6 +9,7 @@ the whole process group are ignored here.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+
+from ..imports import uncollected
 
 GRACE = 2.0  # seconds from the parent's end until this process ends, whatever it is doing
 
@@ -48,7 +51,9 @@ def main() -> int:
     if not line:  # the parent ended before it could say anything
         return 0
     watch = ParentWatch(json.loads(line)["directory"])
-    from .host import run  # lazy: takes seconds, in which the parent may end
+    with uncollected():
+        from .host import run  # lazy: takes seconds, in which the parent may end
+    gc.freeze()  # modules stay: no collection need look at them
 
     return run(line, watch)
 
