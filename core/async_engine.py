@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from .args import EngineArgs
-from .config import ModelSpec
 from .engine.intake import Intake, PromptInput
 from .engine.link import EngineLink
 from .engine.messages import AbortRequests, AddRequests, EngineRequest, EngineStats, StepMessage
@@ -22,6 +21,7 @@ from .errors import (
     InvalidRequestError,
     QueueFullError,
 )
+from .model_info import ModelInfo
 from .outputs import OutputProcessor, Processed
 from .sampling_params import BeamSearchParams, SamplingParams
 from .streams import Mailbox, RequestStream
@@ -46,7 +46,7 @@ class AsyncEngine:
     """
 
     tokenizer: Tokenizer  # these three: once started (no template until then)
-    model: ModelSpec
+    model: ModelInfo
     chat_template: ChatTemplate | None
 
     def __init__(
@@ -354,7 +354,7 @@ class AsyncEngine:
         self._stats = EngineStats()
         self._fail_all(error)
 
-    def _load_text(self, model: ModelSpec) -> None:
+    def _load_text(self, model: ModelInfo) -> None:
         self.model = model
         if self._processor is None:  # an engine that starts again has them already
             self.tokenizer = Tokenizer.from_path(model.tokenizer_path)

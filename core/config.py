@@ -7,12 +7,12 @@ new objects; nothing is changed afterwards.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .args import DEFAULT_MODEL, EngineArgs, ServerArgs, flag_fields, option
+from .model_info import ModelInfo
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -31,26 +31,14 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """The model to run. `hf_config` is config.json after overrides; `generation` holds the
-    sampling defaults of generation_config.json; `eos_token_ids` end a sequence; `quantization`:
-    what weights become at load (None: nothing); `packed_cache`: see `EngineArgs`."""
+class ModelSpec(ModelInfo):
+    """The model to run. `hf_config` is config.json after overrides; `packed_cache`: see
+    `EngineArgs`."""
 
-    path: Path
-    name: str
     hf_config: dict[str, Any]
     dtype: torch.dtype
-    max_model_len: int
-    vocab_size: int
-    tokenizer_path: Path
-    generation: dict[str, Any]
-    eos_token_ids: tuple[int, ...]
     load_format: str
-    quantization: str | None = None
     packed_cache: str = "off"
-    seed: int
-    max_logprobs: int
-    logprobs_mode: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..config import ModelSpec
+from ..model_info import ModelInfo
 from .messages import (
     AbortRequests,
     AddRequests,
@@ -28,7 +28,7 @@ class EngineInfo:
     `description` is for humans (platform, device, chosen ops) and holds plain JSON values.
     """
 
-    model: ModelSpec
+    model: ModelInfo
     kv_dtype: str
     kv_tokens: int
     max_num_seqs: int

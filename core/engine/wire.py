@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from ..args import EngineArgs
 from ..log_lines import LogStyle
+from ..model_info import ModelInfo
 from .client import EngineInfo, FromEngine, ToEngine
 from .messages import (
     AbortRequests,
@@ -86,23 +87,17 @@ def decode_status(line: bytes) -> Status:
 
 
 def info_to_wire(info: EngineInfo) -> dict[str, Any]:
-    """Plain JSON values."""
-    return dict(msgspec.to_builtins(info, enc_hook=_plain))
+    """Plain JSON values; of the engine's own model no more than a front end knows."""
+    model = {field.name: getattr(info.model, field.name) for field in dataclasses.fields(ModelInfo)}
+    known = dataclasses.replace(info, model=ModelInfo(**model))
+    return dict(msgspec.to_builtins(known, enc_hook=str))
 
 
 def info_from_wire(value: dict[str, Any]) -> EngineInfo:
     return msgspec.convert(value, EngineInfo, dec_hook=_revive)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    return str(value)
-
-
 def _revive(cls: type, value: Any) -> Any:
-    if cls is torch.dtype:
-        return getattr(torch, value)
     if issubclass(cls, Path):
         return Path(value)
     raise NotImplementedError(cls.__name__)

@@ -13,6 +13,13 @@ def test_importing_the_package_brings_no_torch(tmp_path) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False).returncode == 0
 
 
+def test_the_server_beside_its_engine_brings_no_torch() -> None:
+    """It starts the engine's process, and only then may anything heavy follow."""
+    modules = "trimaran.server.serve, trimaran.core.engine.process_client"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LLMM'"):
         _ = trimaran.LLMM
