@@ -8,12 +8,12 @@ from typing import Any
 from ..kernels_cpu.library import Call
 from .cpu_dense import NATIVE
 from .cpu_native import NativeOp, Operand
-from .cpu_quantized import NATIVE_INT4, NATIVE_INT8
-from .interface import DENSE, INT4, INT8, OpSignature, Output, PackedWeight, Support
+from .cpu_quantized import NATIVE_INT4, NATIVE_INT8, NATIVE_W4A16
+from .interface import DENSE, INT4, INT8, W4A16, OpSignature, Output, PackedWeight, Support
 
 AREAS, LINE = 6, 64
 """Parts of the scratch memory, and the bytes that each is aligned to (`Moe` in csrc/moe.h)."""
-FORMATS = (NATIVE, NATIVE_INT8, NATIVE_INT4)
+FORMATS = (NATIVE, NATIVE_INT8, NATIVE_INT4, NATIVE_W4A16)
 """Of packed weights, by the kernel's numbers (`Packed` in csrc/moe.h)."""
 
 
@@ -25,7 +25,7 @@ class NativeMoe(NativeOp):
     reads_weights = True
 
     def supports(self, sig: OpSignature) -> Support:
-        if sig.weight_format not in (DENSE, INT8, INT4):
+        if sig.weight_format not in (DENSE, INT8, INT4, W4A16):
             return Support.no(f"no kernel for {sig.weight_format} weights")
         return super().supports(sig)
 
@@ -53,4 +53,7 @@ class NativeMoe(NativeOp):
 
 def _group(weight: PackedWeight) -> int:
     """Inputs that share a scale in a weight of int4."""
-    return weight.shape[1] // weight.tensors[1].shape[1] if weight.format == NATIVE_INT4 else 0
+    if weight.format not in (NATIVE_INT4, NATIVE_W4A16):
+        return 0
+    groups: int = weight.tensors[1].shape[1]
+    return weight.shape[1] // groups

@@ -52,8 +52,9 @@ class StepRows:
 
 @dataclass(frozen=True, slots=True)
 class StagedBatch:
-    """What the gather needs. `places`: int64 `[2, tokens]` on the device, each packed token's row
-    and position; `rows`: int64 `[seqs]` there. Lists as `AttentionBatch` has them."""
+    """What the gather needs. `places`: int64 `[2 + 2 * groups, tokens]` on the device, each packed
+    token's position and then `RowTable.places`; `rows`: int64 `[seqs]` there. Lists as
+    `AttentionBatch` has them."""
 
     places: Tensor
     rows: Tensor
@@ -61,12 +62,12 @@ class StagedBatch:
     seq_lens: list[int]
 
     @classmethod
-    def stage(cls, device: Device, step: StepRows) -> StagedBatch:
+    def stage(cls, device: Device, step: StepRows, table: RowTable) -> StagedBatch:
         shift = step.starts - (step.ends - step.counts)
         positions = np.repeat(shift, step.counts) + np.arange(step.ends[-1])
-        places = np.stack([np.repeat(step.rows, step.counts), positions])
+        found = table.places(np.repeat(step.rows, step.counts), positions)
         return cls(
-            places=device.to_device(torch.from_numpy(places)),
+            places=device.to_device(torch.from_numpy(np.vstack([positions, found]))),
             rows=device.to_device(torch.from_numpy(step.rows)),
             query_starts=[0, *step.ends.tolist()],
             seq_lens=step.positions.tolist(),
@@ -74,15 +75,16 @@ class StagedBatch:
 
     def load(self, table: RowTable, buffers: StepBuffers) -> None:
         """Fill the step buffers; inside the launch, after the rows' changes."""
-        rows, positions = self.places
+        positions, tokens, *found = self.places.unbind()
         buffers.begin(self.query_starts[-1])
-        buffers.token_ids.copy_(table.tokens[rows, positions])
-        buffers.positions.copy_(positions.expand_as(buffers.positions))
+        buffers.token_ids.copy_(table.tokens.view(-1).index_select(0, tokens))
+        buffers.positions.copy_(positions)  # the same on all axes
         longest = max(self.seq_lens)
         for group, blocks in zip(buffers.groups, table.blocks, strict=True):
+            place, offset = found.pop(0), found.pop(0)
             size = group.spec.block_size
-            block = blocks[rows, positions.div(size, rounding_mode="floor")]
-            group.slots.copy_(block.long().mul_(size).add_(positions % size))
+            block = blocks.view(-1).index_select(0, place)
+            torch.add(offset, block, alpha=size, out=group.slots)
             used = blocks[:, : -(-longest // size)].index_select(0, self.rows)
             batch = AttentionBatch(self.query_starts, self.seq_lens, used, group.slots)
             group.metadata = group.impl.plan(group.spec, batch)

@@ -23,7 +23,8 @@ from .batch import StepRows
 from .rows import Work
 
 LogitsOf = Callable[[Tensor], Tensor]
-"""Indices on the packed token axis, int64 `[n]` → fp32 logits `[n, vocab]`, the caller's own."""
+"""Indices on the packed token axis, int64 `[n]`, in rising order → fp32 logits `[n, vocab]`, the
+caller's own."""
 
 SLICE_ELEMENTS = 1 << 24
 """Logits of prompt positions computed at once, at most (64 MiB)."""
@@ -80,10 +81,10 @@ class TokenHead(OutputHead):
         if not len(indices):
             return None
         rows, positions = step.rows[indices], step.positions[indices]
-        places = np.stack([step.ends[indices] - 1, rows, positions])
+        places = np.stack([step.ends[indices] - 1, rows * self._tokens.shape[1] + positions])
         return _StagedTokens(
             self._device,
-            self._tokens,
+            self._tokens.view(-1),
             indices.tolist(),
             self._device.to_device(torch.from_numpy(places)),
             self._sampler.stage(rows, positions),
@@ -91,7 +92,8 @@ class TokenHead(OutputHead):
 
 
 class _StagedTokens:
-    """`places`: int64 `[3, n]`: index on the packed axis, row and position of each token."""
+    """`places`: int64 `[2, n]`: index on the packed axis, and of each token in the token table,
+    `tokens`, seen flat."""
 
     def __init__(
         self,
@@ -110,9 +112,9 @@ class _StagedTokens:
         self._found: Tensor | None = None
 
     def run(self, logits_of: LogitsOf) -> None:
-        index, rows, positions = self._places
+        index, places = self._places.unbind()
         sampled = self._sampled = self._sampling.run(logits_of(index))
-        self._tokens[rows, positions] = sampled.token_ids.int()
+        self._tokens.index_copy_(0, places, sampled.token_ids.int())
         # Failed rows as -1: one copy to the host instead of two.
         self._found = self._device.to_host(sampled.token_ids.masked_fill(sampled.failed, -1))
 

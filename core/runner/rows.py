@@ -39,8 +39,18 @@ class RowTable:
             device.alloc((num_rows, -(-(max_len + SLACK) // size)), torch.int32, tag="rows").zero_()
             for size in block_sizes
         ]
+        self._sizes = tuple(block_sizes)
         # The host knows how far each block table reaches: [groups, rows].
         self._ends = np.zeros((len(block_sizes), num_rows), dtype=np.int64)
+
+    def places(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Where tokens are, int64 `[1 + 2 * groups, tokens]`: in the token table seen flat; for
+        each group, in its block table seen flat, and in that block."""
+        found = [rows * self.tokens.shape[1] + positions]
+        for table, size in zip(self.blocks, self._sizes, strict=True):
+            block, offset = np.divmod(positions, size)
+            found += [rows * table.shape[1] + block, offset]
+        return np.stack(found)
 
     def stage(self, plan: StepPlan) -> list[Work]:
         """The device's half of `added` and `blocks`; they belong at the head of the launch."""

@@ -128,7 +128,7 @@ class Runner:
         """Run `work` on the device with a step of `num_tokens` in the buffers, all of them
         padding, and wait for it. Raises what it raised."""
         padding = StepRows.of(StepPlan(-1)).padded(num_tokens, self._rows.scratch)
-        batch = StagedBatch.stage(self._device, padding)
+        batch = StagedBatch.stage(self._device, padding, self._rows)
 
         def launched() -> None:
             batch.load(self._rows, self._buffers)
@@ -141,7 +141,8 @@ class Runner:
         num_tokens = int(step.counts.sum())
         if self._buckets:
             num_tokens = self._buckets[bisect.bisect_left(self._buckets, num_tokens)]
-        return StagedBatch.stage(self._device, step.padded(num_tokens, self._rows.scratch))
+        padded = step.padded(num_tokens, self._rows.scratch)
+        return StagedBatch.stage(self._device, padded, self._rows)
 
     def _stage_changes(self, plan: StepPlan) -> list[Work]:
         """The host's half of the plan's deltas, and the works that are the device's half."""
@@ -196,7 +197,8 @@ class Runner:
             hidden = compiled([group.metadata for group in self._buffers.groups], num_tokens)
 
         def logits_of(indices: Tensor) -> Tensor:
-            return self._decoder.logits(self._gather(hidden, indices))
+            whole = len(indices) == len(hidden)  # they rise: then they are all rows
+            return self._decoder.logits(hidden if whole else self._gather(hidden, indices))
 
         for head in heads:
             head.run(logits_of)

@@ -5,8 +5,6 @@
 #include "elementwise.h"
 #include "linear.h"
 #include "moe.h"
-#include "quantized.h"
-#include "quantized_wide.h"
 #include "rope.h"
 #include "sample.h"
 

@@ -8,12 +8,12 @@
 // computed and dropped.
 #pragma once
 #include "elementwise.h"
-#include "quantized.h"
+#include "quantized_wide.h"
 
 namespace trimaran::ISA {
 
 // How the experts' weights are packed; `FORMATS` in platforms/cpu_moe.py.
-enum class Packed : int64_t { dense, int8, int4 };
+enum class Packed : int64_t { dense, int8, int4, w4a16 };
 
 template <class T>
 struct Moe {
@@ -174,10 +174,22 @@ INLINE bool by_tiles(const Weight&, int64_t) {
 }
 #endif
 template <class Weight>
+struct BlocksOf {
+    using Few = Block<Weight>;
+    using Many = ManyBlock<Weight>;
+};
+template <>
+struct BlocksOf<WideInt4> {
+    using Few = WideBlock;
+    using Many = WideBlock;
+};
+INLINE bool by_tiles(const WideInt4&, int64_t) { return false; }
+
+template <class Weight>
 struct CodeRows {
     Weight weight;
-    Block<Weight> few;
-    ManyBlock<Weight> many;
+    typename BlocksOf<Weight>::Few few;
+    typename BlocksOf<Weight>::Many many;
     int64_t k_size, rows = 0;
     bool tiled = false;
 
@@ -225,6 +237,11 @@ static void with_weight(const Call& call, int index, int64_t k_size, int64_t gro
             const Int4Weight codes{(const uint8_t*)weight[0], scales, (const uint8_t*)weight[2], k_size,
                                    group};
             CodeRows<Int4Weight> rows(codes, k_size, team);
+            return body(rows);
+        }
+        case Packed::w4a16: {
+            const WideInt4 codes{(const uint8_t*)weight[0], scales, (const uint8_t*)weight[2], k_size, group};
+            CodeRows<WideInt4> rows(codes, k_size, team);
             return body(rows);
         }
     }

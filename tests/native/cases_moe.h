@@ -11,7 +11,7 @@ struct Mixture {
 constexpr Mixture MIXTURES[] = {{0, 4, 2, 32, 32},  {1, 8, 2, 64, 96},   {3, 3, 3, 32, 64},
                                 {9, 17, 4, 64, 32}, {40, 2, 1, 96, 64},  {160, 5, 2, 64, 64},
                                 {2, 1, 1, 7, 1},    {33, 6, 2, 40, 50},  {70, 3, 2, 33, 65}};
-enum Format : int64_t { DENSE, INT8, INT4 };  // `Packed` of moe.h
+enum Format : int64_t { DENSE, INT8, INT4, W4A16 };  // `Packed` of moe.h
 
 // Scratch memory of exactly the bytes that the kernel says.
 inline int64_t scratch_bytes(const Mixture& mixture, Element element) {
@@ -40,7 +40,7 @@ inline Case mixing(int kernel, const Mixture& mixture, Element element, int64_t 
 inline void weigh(Case& one, int first, Element element, int64_t format, const Shape& shape,
                   Random& random) {
     if (format == DENSE) return one.in(first, packed_dense(element, shape, random));
-    const bool four = format == INT4;
+    const bool four = format != INT8;
     Memory made = four ? codes(shape, 16, 0, random) : codes(shape, 9, -4, random);
     std::vector<Memory> packed =
         outputs_of(packing((int)(four ? Kernel::pack_int4 : Kernel::pack_int8), shape, std::move(made)), AVX2, 1);
@@ -55,8 +55,8 @@ inline std::vector<Case> moe(int kernel) {
     Random random(21);
     for (const Mixture& m : MIXTURES)
         for (Element element : FLOATS)
-            for (int64_t format : {DENSE, INT8, INT4}) {
-                if (format == INT4 && (m.hidden % 32 || m.width % 32)) continue;
+            for (int64_t format : {DENSE, INT8, INT4, W4A16}) {
+                if (format >= INT4 && (m.hidden % 32 || m.width % 32)) continue;
                 Case one = mixing(kernel, m, element, format, random);
                 weigh(one, 2, element, format, {0, m.experts * 2 * m.width, m.hidden}, random);
                 weigh(one, 5, element, format, {0, m.experts * m.hidden, m.width}, random);

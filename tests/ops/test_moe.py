@@ -18,11 +18,11 @@ from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_moe import NativeMoe
 from trimaran.platforms.cpu_ops import NativeGated
 from trimaran.platforms.cpu_weights import linear
-from trimaran.platforms.interface import DENSE, INT4, INT8, OpSignature, PackedWeight
+from trimaran.platforms.interface import DENSE, INT4, INT8, W4A16, OpSignature, PackedWeight
 from trimaran.platforms.ops import OPS, Tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-FORMATS = [DENSE, INT8, INT4]
+FORMATS = [DENSE, INT8, INT4, W4A16]
 SIZES = [
     pytest.param(8, 2, 64, 96, id="8 of 64 by 96"),
     pytest.param(37, 5, 96, 64, id="37 of 96 by 64"),

@@ -147,8 +147,13 @@ def test_a_bucket_holds_a_token(scheduler: Resolve) -> None:
 def test_padding_is_sequences_of_one_token_after_the_others() -> None:
     plan = StepPlan(0, rows=[3, 1], starts=[5, 0], counts=[1, 3], emits=[True, False])
     padded = StepRows.of(plan).padded(7, scratch=9)
-    batch = StagedBatch.stage(HostDevice(), padded)
-    assert batch.places.tolist() == [[3, 1, 1, 1, 9, 9, 9], [5, 0, 1, 2, 0, 0, 0]]
+    table = RowTable(HostDevice(), 9, 6, [2])  # rows of 8 tokens in 4 blocks
+    batch = StagedBatch.stage(HostDevice(), padded, table)
+    positions, tokens, blocks, offsets = batch.places.tolist()
+    assert positions == [5, 0, 1, 2, 0, 0, 0]
+    assert tokens == [29, 8, 9, 10, 72, 72, 72]
+    assert blocks == [14, 4, 4, 5, 36, 36, 36]
+    assert offsets == [1, 0, 1, 0, 0, 0, 0]
     assert batch.query_starts == [0, 1, 4, 5, 6, 7]
     assert batch.seq_lens == [6, 3, 1, 1, 1]
     assert batch.rows.tolist() == [3, 1, 9, 9, 9]
@@ -159,8 +164,10 @@ def test_padding_is_sequences_of_one_token_after_the_others() -> None:
 def test_a_full_step_and_an_empty_one() -> None:
     full = StepRows.of(StepPlan(0, rows=[0], starts=[0], counts=[4], emits=[True]))
     assert full.padded(4, scratch=9) is full
-    empty = StagedBatch.stage(HostDevice(), StepRows.of(StepPlan(0)).padded(2, scratch=9))
-    assert empty.places.tolist() == [[9, 9], [0, 0]]
+    table = RowTable(HostDevice(), 9, 6, [])
+    padded = StepRows.of(StepPlan(0)).padded(2, scratch=9)
+    empty = StagedBatch.stage(HostDevice(), padded, table)
+    assert empty.places.tolist() == [[0, 0], [72, 72]]
     assert empty.query_starts == [0, 1, 2]
 
 
