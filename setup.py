@@ -52,6 +52,7 @@ class BuildNative(build_ext):
     def build_extension(self, ext):
         native = native_build()
         target = Path(self.get_ext_fullpath(ext.name))
+        target.unlink(missing_ok=True)  # of an earlier build: nobody may take it for this one's
         try:
             native.build(target, Path(self.build_temp).resolve())
         except native.BuildError as error:
@@ -61,6 +62,8 @@ class BuildNative(build_ext):
         (native,) = self.extensions
         if Path(self.build_lib, self.get_ext_filename(native.name)).exists():
             super().copy_extensions_to_source()
+        else:
+            (ROOT / "kernels_cpu" / native_build().LIBRARY).unlink(missing_ok=True)
 
 
 class AnyPython(bdist_wheel):

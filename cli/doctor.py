@@ -9,6 +9,7 @@ import platform
 import resource
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,22 @@ def _platforms() -> dict[str, str]:
     return found
 
 
+def _objections() -> Iterator[str]:
+    """What the platforms say of an engine that nobody has asked anything of."""
+    try:
+        from ..platforms.registry import available
+    except ImportError:  # `_platforms` tells it
+        return
+    for candidate in available():
+        if not candidate.usable or candidate.cls is None:
+            continue
+        try:
+            for finding in candidate.cls().review({}):
+                yield f"{candidate.name}: {finding.reason}"
+        except Exception as error:  # a vendor's
+            yield f"{candidate.name} cannot review a plan ({type(error).__name__}: {error})"
+
+
 def _remarks(report: dict[str, Any]) -> Any:
     for packages, need in ((BASE_PACKAGES, "everything"), (SERVER_PACKAGES, "`trimaran serve`")):
         missing = [name for name in packages if report["versions"][name] == "not installed"]
@@ -154,6 +171,7 @@ def _remarks(report: dict[str, Any]) -> Any:
             yield f"not installed (needed by {need}): {', '.join(missing)}"
     if report["limits"]["open files"] < MIN_OPEN_FILES:
         yield f"the limit of open files is low: raise it (ulimit -n {MIN_OPEN_FILES})"
+    yield from _objections()
     if not any(text.startswith("usable") for text in report["platforms"].values()):
         yield "no platform is usable"
 

@@ -70,7 +70,7 @@ def _review(args: EngineArgs, config: EngineConfig, platform: Platform) -> Engin
             logger.info("%s=%s: %s", finding.field, finding.value, finding.reason)
             args = dataclasses.replace(args, **{finding.field: finding.value})
         else:
-            logger.info("%s: %s", finding.field, finding.reason)
+            logger.warning("%s: %s", finding.field, finding.reason)
     return args
 
 

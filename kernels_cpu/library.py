@@ -21,6 +21,10 @@ CAP = "TRIMARAN_CPU_ISA"
 """Environment variable: the highest instruction set to use."""
 OTHER = "TRIMARAN_CPU_LIBRARY"
 """Environment variable: another build of the library to load."""
+NOT_BUILT = (
+    "no g++ at installation, or one that failed: install g++, then Trimaran again with "
+    "`pip install -v --force-reinstall --no-deps`, which shows what it says"
+)
 SCRATCH_BYTES = 2 << 20
 """For each thread: rows of activations as a kernel multiplies them."""
 
@@ -143,13 +147,25 @@ class Library:
         return run
 
 
+def asked_cap() -> str | None:
+    """What the environment says of the highest instruction set; None: nothing."""
+    return os.environ.get(CAP, "").strip().lower() or None
+
+
+def wrong_cap(cap: str | None) -> str:
+    """What is wrong with such a cap; empty if nothing."""
+    if cap is None or cap in ISAS[1:]:
+        return ""
+    return f"{CAP} is {cap!r}; it must be one of {', '.join(ISAS[1:])}."
+
+
 def _capped(detected: str, cap: str | None) -> str:
     if detected == "none":
         raise NativeUnavailable("the native kernels need AVX2, FMA and F16C")
+    if wrong := wrong_cap(cap):
+        raise NativeUnavailable(wrong)
     if cap is None:
         return detected
-    if cap not in ISAS[1:]:
-        raise NativeUnavailable(f"{CAP} is {cap!r}; it must be one of {', '.join(ISAS[1:])}")
     return ISAS[min(ISAS.index(cap), ISAS.index(detected))]
 
 
@@ -159,9 +175,9 @@ def library() -> Library:
     other = os.environ.get(OTHER)
     path = Path(other) if other else Path(__file__).parent / LIBRARY
     if not path.exists():
-        why = f"{OTHER} names it" if other else "no g++ at installation"
+        why = f"{OTHER} names it" if other else NOT_BUILT
         raise NativeUnavailable(f"the native kernels were not built: no {path.name} ({why})")
-    return Library(path, os.environ.get(CAP))
+    return Library(path, asked_cap())
 
 
 @functools.cache

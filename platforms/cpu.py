@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ..kernels_cpu.library import about, unavailable
+from ..kernels_cpu.library import about, asked_cap, unavailable, wrong_cap
 from . import host
 from .attention_reference import ReferenceAttention
 from .attention_torch import TorchPagedAttention
-from .cpu_attention import NativeAttention
+from .cpu_attention import GRAIN, NativeAttention
 from .cpu_communicator import how_ranks_meet, open_cpu_communicator
 from .cpu_device import CpuDevice
 from .cpu_ipex import about as about_ipex
@@ -106,12 +106,7 @@ class CpuPlatform(Platform):
         return {"OMP_NUM_THREADS": str(threads)}
 
     def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
-        threads, ranks = _threads_and_ranks(plan)
-        try:
-            binding(threads, 0, ranks)
-        except ValueError as error:
-            return (Finding("reject", "num_threads", str(error)),)
-        return ()
+        return tuple(_findings(plan))
 
     def communicator(self, group: GroupSpec, device: Device) -> Communicator:
         """Here a device learns which rank of an engine it serves, and so which CPUs are its own."""
@@ -152,6 +147,26 @@ def _halves() -> dict[str, Precision]:
         return {"bfloat16": "native", "float16": "native"}
     bfloat16: Precision = "native" if host.cpu_flags() & _BF16_FLAGS else "emulated"
     return {"bfloat16": bfloat16, "float16": "emulated"}
+
+
+def _findings(plan: Mapping[str, Any]) -> Iterator[Finding]:
+    if wrong := wrong_cap(asked_cap()):
+        yield Finding("reject", "platform", wrong)
+    elif reason := unavailable():
+        slower = "torch's kernels serve instead, several times slower"
+        yield Finding("note", "platform", f"{reason}; {slower}")
+    elif (size := plan.get("block_size") or GRAIN) % GRAIN:
+        slower = "other sizes go by torch's, op by op and slower"
+        reason = f"{size}: the native attention takes multiples of {GRAIN}; {slower}"
+        yield Finding("note", "block_size", reason)
+    threads, ranks = _threads_and_ranks(plan)
+    try:
+        binding(threads, 0, ranks)
+    except ValueError as error:
+        yield Finding("reject", "num_threads", str(error))
+    if threads * ranks > (cores := host.physical_cores()):
+        reason = f"{threads} threads of each of {ranks} ranks take turns on {cores} cores"
+        yield Finding("note", "num_threads", reason)
 
 
 def _threads_and_ranks(plan: Mapping[str, Any]) -> tuple[int, int]:

@@ -112,7 +112,8 @@ class _Compiler:
             return call
         if isinstance(owner, NativeAttention):
             return self._attention(owner, node, out)
-        raise NotNative(f"{node.op} is bound to {getattr(impl, 'name', impl)}")
+        name = getattr(owner or impl, "name", impl)
+        raise NotNative(f"{node.op} is bound to {name}, which is no native kernel")
 
     def _attention(self, impl: NativeAttention, node: StepNode, out: Sequence[Operand]) -> Call:
         if node.op == "kv_write":

@@ -16,8 +16,9 @@ import pytest
 import torch
 from helpers.native import build_of, needs_native, no_compiler
 
+import trimaran
 from trimaran.kernels_cpu import library as native
-from trimaran.kernels_cpu.build import BuildError, compiler
+from trimaran.kernels_cpu.build import LIBRARY, BuildError, compiler
 from trimaran.kernels_cpu.library import ISAS, Library, NativeUnavailable
 
 pytestmark = [
@@ -222,3 +223,19 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, command: s
     monkeypatch.setenv("CXX", command)
     with pytest.raises(BuildError, match="no C\\+\\+ compiler"):
         compiler()
+
+
+def test_what_an_earlier_build_left_is_not_installed_where_this_one_fails(tmp_path: Path):
+    left = tmp_path / "lib" / "trimaran" / "kernels_cpu" / LIBRARY
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"of another version")
+    folders = [f"--build-lib={tmp_path / 'lib'}", f"--build-temp={tmp_path / 'temp'}"]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", *folders],
+        cwd=Path(trimaran.__file__).parent,
+        env={**os.environ, "CXX": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "are left out: no C++ compiler" in done.stderr and not left.exists()

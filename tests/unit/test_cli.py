@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -189,6 +190,14 @@ def test_an_error_is_one_line(tmp_path):
 def test_doctor_as_json():
     report = json.loads(cli("doctor", "--json").stdout)
     assert report["versions"]["trimaran"] and "cpu" in report["platforms"]
+
+
+def test_doctor_remarks_what_a_platform_objects_to():
+    environment = os.environ | {"TRIMARAN_CPU_ISA": "avx"}
+    report = json.loads(cli("doctor", "--json", env=environment).stdout)
+    assert any("TRIMARAN_CPU_ISA is 'avx'" in remark for remark in report["remarks"])
+    done = cli("complete", "a", "--platform=cpu", env=environment)
+    assert done.returncode == 1 and "TRIMARAN_CPU_ISA is 'avx'" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import pytest
 import torch
 from helpers.native import needs_native
 
+from trimaran.kernels_cpu.library import CAP
+from trimaran.platforms import cpu as cpu_platform
 from trimaran.platforms import cpu_threads, host
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.cpu_threads import VARIABLE, Binding, BoundThreads, binding
@@ -53,7 +55,8 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
         (tmp_path / name).write_text(f"{text}\n")
 
     monkeypatch.setattr(host, "ROOT", tmp_path)
-    monkeypatch.setattr(cpu_threads, "unavailable", lambda: "")
+    for module in (cpu_platform, cpu_threads):
+        monkeypatch.setattr(module, "unavailable", lambda: "")
     monkeypatch.delenv(VARIABLE, raising=False)
     return make
 
@@ -237,6 +240,39 @@ def test_a_list_that_cannot_be_served_is_refused(
 def test_the_platform_has_nothing_against_threads_as_they_are(machine: Machine) -> None:
     machine(2, 4, 2)
     assert CpuPlatform().review({"num_threads": None, "tensor_parallel_size": 2}) == ()
+
+
+def test_the_platform_says_what_makes_an_engine_slow(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(**plan: int) -> list[tuple[str, str, str]]:
+        found = CpuPlatform().review({"num_threads": 2, **plan})
+        return [(one.kind, one.field, one.reason) for one in found]
+
+    machine(1, 2)
+    assert said(block_size=48) == []
+    ((kind, field, reason),) = said(block_size=7)
+    assert (kind, field) == ("note", "block_size") and "multiples of 16" in reason
+    ((kind, field, reason),) = said(num_threads=64)
+    assert (
+        (kind, field) == ("note", "num_threads") and "64 threads" in reason and "2 cores" in reason
+    )
+    monkeypatch.setattr(cpu_platform, "unavailable", lambda: "the kernels are on holiday")
+    ((kind, field, reason),) = said(block_size=7)
+    assert (kind, field) == ("note", "platform") and reason.startswith("the kernels are on holiday")
+
+
+@pytest.mark.parametrize(
+    ("cap", "fits"), [("avx", False), ("torch", False), ("AVX2 ", True), ("", True)]
+)
+def test_an_instruction_set_that_nobody_knows_is_refused(
+    cap: str, fits: bool, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine(1, 2)
+    monkeypatch.setenv(CAP, cap)
+    found = [(one.kind, one.field, one.reason) for one in CpuPlatform().review({})]
+    said = f"{CAP} is {cap!r}; it must be one of avx2, avx512, avx512_bf16, amx."
+    assert found == ([] if fits else [("reject", "platform", said)])
 
 
 # ---------------------------------------------------------------------------------------------
