@@ -36,7 +36,7 @@ console = Console(stderr=True)
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a script of this folder. `minutes`: the most it took on 2 cores with AVX2."""
+    """One run of a script of this folder. `minutes`: about what 2 cores with AVX2 take."""
 
     name: str
     minutes: float
@@ -57,7 +57,9 @@ class Part:
             return False
         found = json.loads(self.output.read_text())
         return (
-            found.get("finished", False)
+            bool(commit)
+            and not commit.endswith("+")  # other changes may have been measured
+            and found.get("finished", False)
             and found.get("commit") == commit
             and found["command"] == " ".join(self.command)
         )
@@ -66,7 +68,9 @@ class Part:
 def parts(flags: list[str]) -> list[Part]:
     """What is measured on a processor with these instructions (`canary.describe_machine`)."""
     names = {"amx": "amx_bf16", "avx512": "avx512f", "avx2": "avx2"}
-    widest = next(name for name, flag in names.items() if flag in flags)
+    widest = next((name for name, flag in names.items() if flag in flags), None)
+    if widest is None:
+        sys.exit("The page is about processors with AVX2 and more; this one has none.")
 
     def compare(name: str, minutes: float, rounds: tuple[int, int], peers: str, *more: str) -> Part:
         least, most = map(str, rounds)
@@ -76,12 +80,14 @@ def parts(flags: list[str]) -> list[Part]:
 
     alone = ("--workloads", *page.CAPPED_WORKLOADS)
     # A cap that takes nothing from the processor: the run decides the goals with and without it.
-    decode = [*alone, "--isa", widest] if widest == "avx2" else alone
+    beyond = page.BEYOND.get(widest, ("",))
+    capped = not any(flag.startswith(beyond) for flag in flags)
+    decode = [*alone, "--isa", widest] if capped else alone
     found = [compare("decode", 9, (2, 3), f"{OURS} {LLAMA} {OPENVINO} openvino:int8", *decode)]
     for cap in ("avx2", "avx512"):
-        if names[cap] in flags and cap != widest:
-            capped = (*alone, "--isa", cap)
-            found.append(compare(f"cap_{cap}", 8, (2, 3), f"{OURS} {LLAMA}", *capped))
+        if names[cap] in flags and not (capped and cap == widest):
+            under = (*alone, "--isa", cap)
+            found.append(compare(f"cap_{cap}", 8, (2, 3), f"{OURS} {LLAMA}", *under))
     int8 = "trimaran:int8,kv_cache_dtype=int8"
     peers = f"llama_cpp:bf16 {OPENVINO}"
     return [

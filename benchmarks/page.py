@@ -52,8 +52,8 @@ class Part:
 
     def __str__(self) -> str:
         if self.at_most:
-            return f"{self.value:.3g} instead of {self.wanted:g}{self.unit}"
-        return f"{self.value:.3g} of {self.wanted:g}{self.unit}"
+            return f"{self.value:.4g} instead of {self.wanted:g}{self.unit}"
+        return f"{self.value:.4g} of {self.wanted:g}{self.unit}"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Goal:
 def caps_of(report: Report) -> set[str | None]:
     """The caps that a run speaks for. One that takes nothing from the processor is none."""
     cap, flags = report.get("isa_cap"), report.get("machine", {}).get("isa", ())
-    if cap and not any(flag.startswith(BEYOND[cap]) for flag in flags):
+    if cap and flags and not any(flag.startswith(BEYOND[cap]) for flag in flags):
         return {cap, None}
     return {cap}
 

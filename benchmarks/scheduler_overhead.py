@@ -11,10 +11,12 @@ import gc
 import json
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 
 import torch
+from run import commit
 
 from trimaran.core.config import CacheConfig, CacheGroupConfig, SchedulerConfig
 from trimaran.core.engine.messages import EngineRequest
@@ -102,6 +104,9 @@ def main() -> None:
     if args.output:
         report = {
             "benchmark": "scheduler_overhead",
+            "command": " ".join(sys.argv),
+            "commit": commit(),
+            "finished": True,
             "python": platform.python_version(),
             "block_size": BLOCK_SIZE,
             "steps": args.steps,

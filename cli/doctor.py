@@ -149,19 +149,21 @@ def _platforms() -> dict[str, str]:
 
 
 def _objections() -> Iterator[str]:
-    """What the platforms say of an engine that nobody has asked anything of."""
+    """What the usable platforms say of an engine with the default model."""
     try:
+        from ..core.args import EngineArgs
+        from ..core.resolve import objections
         from ..platforms.registry import available
     except ImportError:  # `_platforms` tells it
         return
     for candidate in available():
-        if not candidate.usable or candidate.cls is None:
+        if not candidate.usable:
             continue
         try:
-            for finding in candidate.cls().review({}):
+            for finding in objections(EngineArgs(platform=candidate.name)):
                 yield f"{candidate.name}: {finding.reason}"
         except Exception as error:  # a vendor's
-            yield f"{candidate.name} cannot review a plan ({type(error).__name__}: {error})"
+            yield f"{candidate.name} serves no engine ({type(error).__name__}: {error})"
 
 
 def _remarks(report: dict[str, Any]) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ..platforms.interface import Capabilities, MemoryInfo, Platform, StepLimits
+from ..platforms.interface import Capabilities, Finding, MemoryInfo, Platform, StepLimits
 from .args import parse_size
 from .config import (
     CacheConfig,
@@ -52,6 +53,12 @@ def resolve(args: EngineArgs) -> EngineConfig:
     config = _Resolution(args, platform).config()
     adjusted = _review(args, config, platform)
     return _Resolution(adjusted, platform).config() if adjusted != args else config
+
+
+def objections(args: EngineArgs) -> Sequence[Finding]:
+    """What the platform says of an engine with these arguments. Raises as `resolve` does."""
+    platform = make_platform(args.platform)
+    return platform.review(flat_plan(args, _Resolution(args, platform).config()))
 
 
 def _review(args: EngineArgs, config: EngineConfig, platform: Platform) -> EngineArgs:

@@ -22,8 +22,8 @@ CAP = "TRIMARAN_CPU_ISA"
 OTHER = "TRIMARAN_CPU_LIBRARY"
 """Environment variable: another build of the library to load."""
 NOT_BUILT = (
-    "no g++ at installation, or one that failed: install g++, then Trimaran again with "
-    "`pip install -v --force-reinstall --no-deps`, which shows what it says"
+    "no g++ at installation, or one that failed: install g++, then Trimaran again, by pip with "
+    "-v --force-reinstall --no-deps --no-cache-dir, which shows what g++ says"
 )
 SCRATCH_BYTES = 2 << 20
 """For each thread: rows of activations as a kernel multiplies them."""

@@ -94,7 +94,8 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a platform has to say about a plan: `reject` it, `adjust` a field, or `note`."""
+    """What a platform has to say about a plan: `reject` it, `adjust` a field, or `note` what
+    it costs, which is logged as a warning."""
 
     kind: Literal["reject", "adjust", "note"]
     field: str

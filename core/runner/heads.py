@@ -20,10 +20,10 @@ from ..sampler.logprobs import HostLogprobs, gather_logprobs, resolve_count
 from ..sampler.sampler import Sampled, Sampler, StagedSampling
 from ..types import PositionLogprobs
 from .batch import StepRows
-from .rows import Work
+from .rows import Work, flat_places
 
 LogitsOf = Callable[[Tensor], Tensor]
-"""Indices on the packed token axis, int64 `[n]`, in rising order → fp32 logits `[n, vocab]`, the
+"""Indices on the packed token axis, int64 `[n]`, strictly rising → fp32 logits `[n, vocab]`, the
 caller's own."""
 
 SLICE_ELEMENTS = 1 << 24
@@ -81,7 +81,7 @@ class TokenHead(OutputHead):
         if not len(indices):
             return None
         rows, positions = step.rows[indices], step.positions[indices]
-        places = np.stack([step.ends[indices] - 1, rows * self._tokens.shape[1] + positions])
+        places = np.stack([step.ends[indices] - 1, flat_places(self._tokens, rows, positions)])
         return _StagedTokens(
             self._device,
             self._tokens.view(-1),

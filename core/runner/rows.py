@@ -21,6 +21,13 @@ SLACK = 2
 """Columns beyond the longest sequence: a step planned before the end was known may write there."""
 
 
+def flat_places(table: Tensor, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """int64 `[n]`: where entries of `table`, `[rows, columns]`, are in `table.view(-1)`."""
+    width = table.shape[1]
+    assert not len(columns) or columns.max() < width, "the next row's entry would be taken"
+    return rows * width + columns
+
+
 class RowTable:
     """`tokens`: int32 `[rows, max_len + SLACK]`. `blocks[g]`: int32 `[rows, blocks of the longest
     sequence]`, the block tables of cache group g; entries past a row's end are stale.
@@ -46,10 +53,10 @@ class RowTable:
     def places(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Where tokens are, int64 `[1 + 2 * groups, tokens]`: in the token table seen flat; for
         each group, in its block table seen flat, and in that block."""
-        found = [rows * self.tokens.shape[1] + positions]
+        found = [flat_places(self.tokens, rows, positions)]
         for table, size in zip(self.blocks, self._sizes, strict=True):
             block, offset = np.divmod(positions, size)
-            found += [rows * table.shape[1] + block, offset]
+            found += [flat_places(table, rows, block), offset]
         return np.stack(found)
 
     def stage(self, plan: StepPlan) -> list[Work]:

@@ -197,7 +197,7 @@ class Runner:
             hidden = compiled([group.metadata for group in self._buffers.groups], num_tokens)
 
         def logits_of(indices: Tensor) -> Tensor:
-            whole = len(indices) == len(hidden)  # they rise: then they are all rows
+            whole = len(indices) == len(hidden)  # they rise strictly: then they are all rows
             return self._decoder.logits(hidden if whole else self._gather(hidden, indices))
 
         for head in heads:

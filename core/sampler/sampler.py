@@ -216,4 +216,5 @@ class StagedSampling:
 
 def _best_is_not_finite(logits: Tensor, best: Tensor) -> Tensor:
     """bool `[n]`: of each row the logit at `best`, int64 `[n]`; a NaN counts as the highest."""
+    # isfinite is four launches, and this runs in every step.
     return ~(logits.gather(1, best.unsqueeze(1)).squeeze(1).abs_() < float("inf"))

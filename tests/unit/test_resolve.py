@@ -418,7 +418,8 @@ def test_findings_are_applied_and_logged(
     assert config.scheduler.max_num_seqs == 7
     assert platform.seen["block_size"] == 48 and platform.seen["max_model_len"] == 1024
     assert "max_num_seqs=7: registers are few" in caplog.text
-    assert "dtype: fine by me" in caplog.text
+    levels = {record.getMessage(): record.levelname for record in caplog.records}
+    assert levels["dtype: fine by me"] == "WARNING"
     platform.findings = (Finding("reject", "dtype", "not today"),)
     with pytest.raises(ConfigError, match="rejects dtype: not today"):
         make(model())
