@@ -92,7 +92,7 @@ def parts(flags: list[str]) -> list[Part]:
     peers = f"llama_cpp:bf16 {OPENVINO}"
     return [
         *found,
-        compare("mixed32", 10, (1, 2), f"trimaran {int8} {peers}", "--workloads", "mixed32"),
+        compare("mixed32", 14, (3, 3), f"trimaran {int8} {peers}", "--workloads", "mixed32"),
         compare("start", 2, (2, 3), f"trimaran trimaran:int8 {peers}", "--workloads", "start"),
         compare("shared_prefix", 4, (1, 1), f"trimaran {peers}", "--workloads", "shared_prefix"),
         Part("host_time", 0.5, "scheduler_overhead.json", ("benchmarks/scheduler_overhead.py",)),

@@ -31,6 +31,8 @@ BEYOND = {
     "avx2": ("avx512", "amx"),
     "avx512": ("avx512_bf16", "avx512_vnni", "amx"),
 }
+MIXED_TOKENS = 32 * (160 + 96)
+"""Of a round of `mixed32`: its requests by the means of their lengths (workloads.py)."""
 CAPPED_WORKLOADS = ("batch1", "prefill2048")
 LONGEST_CONTEXT = 32_000
 
@@ -220,7 +222,8 @@ def growth(report: Report) -> Row | None:
 
 
 def peak_memory(report: Report) -> Row | None:
-    """Of runs with many requests: one alone touches little of the KV cache that is counted."""
+    """Of runs with many requests, whose rounds, of other prompts each, fill the KV cache that is
+    counted: what is not used yet takes no memory."""
     name = ours(report, "bf16")
     if not name or name not in report.get("memory", {}) or None not in caps_of(report):
         return None
@@ -232,7 +235,10 @@ def peak_memory(report: Report) -> Row | None:
     others = [report["memory"][other] for other in rivals(report, 16) if other in report["memory"]]
     least = min((other["ratio"] for other in others), default=None)
     beside = f"best peer {100 * least:.0f} %" if least is not None else ""
-    return Row(text, (percent,), f"{percent.value:.0f} %", beside)
+    used = len(report["raw"]) * MIXED_TOKENS
+    filled = used >= report["kv_tokens"]
+    lacking = "" if filled else f"about {used:,} of {report['kv_tokens']:,} KV tokens were used"
+    return Row(text, (percent,), f"{percent.value:.0f} %", beside, lacking)
 
 
 def host_time(report: Report) -> Row | None:

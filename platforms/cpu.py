@@ -164,6 +164,7 @@ def _findings(plan: Mapping[str, Any]) -> Iterator[Finding]:
         binding(threads, 0, ranks)
     except ValueError as error:
         yield Finding("reject", "num_threads", str(error))
+        return
     if threads * ranks > (most := available_threads()):
         reason = f"{threads} threads of each of {ranks} ranks take turns where {most} fit"
         yield Finding("note", "num_threads", reason)
