@@ -67,7 +67,7 @@ def choose_kv_dtype(
     if name not in known and (known or name == "int8"):
         has = ", ".join(known or capabilities.dtypes)
         raise ConfigError(
-            f"Platform {platform!r} keeps no {name} KV cache here; it keeps {has}. "
+            f"Platform {platform!r} keeps no {name} KV cache; it keeps {has}. "
             "`trimaran platforms` says what it uses, and why.",
             param="kv_cache_dtype",
         )

@@ -75,11 +75,13 @@ class StagedBatch:
 
     def load(self, table: RowTable, buffers: StepBuffers) -> None:
         """Fill the step buffers; inside the launch, after the rows' changes."""
+        longest, width = max(self.seq_lens), table.tokens.shape[1]
+        if longest >= width:  # flat places would be those of the next row
+            raise IndexError(f"a sequence of {longest} tokens and the next; a row holds {width}")
         positions, tokens, *found = self.places.unbind()
         buffers.begin(self.query_starts[-1])
         buffers.token_ids.copy_(table.tokens.view(-1).index_select(0, tokens))
         buffers.positions.copy_(positions)  # the same on all axes
-        longest = max(self.seq_lens)
         for group, blocks in zip(buffers.groups, table.blocks, strict=True):
             place, offset = found.pop(0), found.pop(0)
             size = group.spec.block_size
