@@ -80,8 +80,7 @@ def parts(flags: list[str]) -> list[Part]:
 
     alone = ("--workloads", *page.CAPPED_WORKLOADS)
     # A cap that takes nothing from the processor: the run decides the goals with and without it.
-    beyond = page.BEYOND.get(widest, ("",))
-    capped = not any(flag.startswith(beyond) for flag in flags)
+    capped = page.takes_nothing(widest, flags)
     decode = [*alone, "--isa", widest] if capped else alone
     found = [compare("decode", 9, (2, 3), f"{OURS} {LLAMA} {OPENVINO} openvino:int8", *decode)]
     for cap in ("avx2", "avx512"):

@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class Criterion:
     """What one part of a goal asks for, and what was measured of it."""
 
     value: float
@@ -60,11 +60,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Row:
-    """One goal in one result file: the parts of it that the file decides, and what is `lacking`
+    """One goal in one result file: the criteria that the file decides, and what is `lacking`
     where these are not all."""
 
     figure: str
-    parts: tuple[Part, ...]
+    criteria: tuple[Criterion, ...]
     percent: str = ""
     against: str = ""
     lacking: str = ""
@@ -72,13 +72,13 @@ class Row:
     @property
     def met(self) -> bool | None:
         """None: what was measured is met, but more is asked for."""
-        if not all(part.met for part in self.parts):
+        if not all(part.met for part in self.criteria):
             return False
         return None if self.lacking else True
 
     @property
     def verdict(self) -> str:
-        missed = ", ".join(str(part) for part in self.parts if not part.met)
+        missed = ", ".join(str(part) for part in self.criteria if not part.met)
         if missed:
             return f"**missed**: {missed}"
         return f"open: {self.lacking}" if self.lacking else "met"
@@ -96,12 +96,15 @@ class Goal:
     cap: str | None = None
 
 
+def takes_nothing(cap: str, flags: Sequence[str]) -> bool:
+    """Does a processor with these instructions have none beyond the cap?"""
+    return cap in BEYOND and not any(flag.startswith(BEYOND[cap]) for flag in flags)
+
+
 def caps_of(report: Report) -> set[str | None]:
     """The caps that a run speaks for. One that takes nothing from the processor is none."""
     cap, flags = report.get("isa_cap"), report.get("machine", {}).get("isa", ())
-    if cap and flags and not any(flag.startswith(BEYOND[cap]) for flag in flags):
-        return {cap, None}
-    return {cap}
+    return {cap, None} if cap and flags and takes_nothing(cap, flags) else {cap}
 
 
 def main_figure(report: Report, workload: str, peer: str) -> dict[str, float] | None:
@@ -160,18 +163,18 @@ def race(
         if not figure or cap not in caps_of(report):
             return None
         assert name
-        parts: list[Part] = []
+        criteria: list[Criterion] = []
         of_limit = report["summary"][workload][name].get("percent_of_limit")
         if percent is not None:
-            parts.append(Part(of_limit["median"], percent, " %"))
+            criteria.append(Criterion(of_limit["median"], percent, " %"))
         rival = best(report, workload, rivals(report, PeerSpec.parse(name).bits, engine))
         if rival:
-            parts.append(Part(advantage(workload, figure["median"], rival[1]), ratio, "×"))
+            criteria.append(Criterion(advantage(workload, figure["median"], rival[1]), ratio, "×"))
         return Row(
             spread(figure),
-            tuple(parts),
+            tuple(criteria),
             f"{of_limit['median']:.0f} %" if of_limit else "",
-            f"{parts[-1].value:.2f}× {rival[0]}" if rival else "",
+            f"{criteria[-1].value:.2f}× {rival[0]}" if rival else "",
             lacking="" if rival else "no peer of this width",
         )
 
@@ -189,7 +192,7 @@ def ours_against_bf16(
         base = wide and main_figure(report, workload, wide)
         if not figure or not base or None not in caps_of(report):
             return None
-        times = Part(advantage(workload, figure["median"], base["median"]), ratio, "×")
+        times = Criterion(advantage(workload, figure["median"], base["median"]), ratio, "×")
         return Row(spread(figure), (times,), against=f"{times.value:.2f}× {wide}")
 
     return judge
@@ -203,7 +206,7 @@ def start(report: Report) -> Row | None:
     against = ""
     if rival := best(report, "start", rivals(report, 16)):
         against = f"{advantage('start', figure['median'], rival[1]):.2f}× {rival[0]}"
-    seconds = Part(figure["median"], 3.0, " s", at_most=True)
+    seconds = Criterion(figure["median"], 3.0, " s", at_most=True)
     return Row(spread(figure), (seconds,), against=against)
 
 
@@ -216,7 +219,7 @@ def growth(report: Report) -> Row | None:
     longest, slowest = found["longest_context"]["median"], found["itl_at_longest_ms"]["median"]
     return Row(
         f"{spread(figure)}; {slowest:.0f} ms at {longest:.0f}",
-        (Part(figure["median"], 1.15, "", at_most=True),),
+        (Criterion(figure["median"], 1.15, "", at_most=True),),
         lacking="" if longest >= LONGEST_CONTEXT else f"{longest:.0f} of {LONGEST_CONTEXT} tokens",
     )
 
@@ -231,7 +234,7 @@ def peak_memory(report: Report) -> Row | None:
         return None
     found = report["memory"][name]
     text = f"{found['peak_rss_gib']:.2f} of {found['weights_and_kv_gib']:.2f} GiB"
-    percent = Part(100 * found["ratio"], 110, " %", at_most=True)
+    percent = Criterion(100 * found["ratio"], 110, " %", at_most=True)
     others = [report["memory"][other] for other in rivals(report, 16) if other in report["memory"]]
     least = min((other["ratio"] for other in others), default=None)
     beside = f"best peer {100 * least:.0f} %" if least is not None else ""
@@ -247,7 +250,7 @@ def host_time(report: Report) -> Row | None:
     steps = [r["total_us"] * r["running"] / 1e3 for r in report["results"] if r["running"] == 256]
     if not steps:
         return None
-    return Row(f"{max(steps):.3f} ms", (Part(max(steps), 1.0, " ms", at_most=True),))
+    return Row(f"{max(steps):.3f} ms", (Criterion(max(steps), 1.0, " ms", at_most=True),))
 
 
 def capped(cap: str) -> Iterator[Goal]:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import canary
 import httpx
+from fleet import KEPT_BYTECODE
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 
@@ -35,8 +36,7 @@ def one_start(arguments: list[str]) -> dict[str, float | str]:
     port = free_port()
     command = [sys.executable, "-m", "trimaran", "serve", "--port", str(port), *arguments]
     start = time.perf_counter()
-    # Unset: a clone's modules are compiled once, as those of an installed package are by pip.
-    variables = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
+    variables = {**os.environ, **KEPT_BYTECODE}
     silent = subprocess.DEVNULL
     server = subprocess.Popen(command, stdout=silent, stderr=silent, env=variables)
     url = f"http://127.0.0.1:{port}"

@@ -9,7 +9,7 @@ import platform
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -148,22 +148,17 @@ def _platforms() -> dict[str, str]:
     return found
 
 
-def _objections() -> Iterator[str]:
-    """What the usable platforms say of an engine with the default model."""
-    try:
-        from ..core.args import EngineArgs
-        from ..core.resolve import objections
-        from ..platforms.registry import available
-    except ImportError:  # `_platforms` tells it
-        return
-    for candidate in available():
-        if not candidate.usable:
-            continue
+def _objections(names: Sequence[str]) -> Iterator[str]:
+    """What these platforms, usable ones, say of an engine with the default model."""
+    from ..core.args import EngineArgs
+    from ..core.resolve import objections
+
+    for name in names:
         try:
-            for finding in objections(EngineArgs(platform=candidate.name)):
-                yield f"{candidate.name}: {finding.reason}"
+            for finding in objections(EngineArgs(platform=name)):
+                yield f"{name}: {finding.reason}"
         except Exception as error:  # a vendor's
-            yield f"{candidate.name} serves no engine ({type(error).__name__}: {error})"
+            yield f"{name} serves no engine ({type(error).__name__}: {error})"
 
 
 def _remarks(report: dict[str, Any]) -> Any:
@@ -173,8 +168,10 @@ def _remarks(report: dict[str, Any]) -> Any:
             yield f"not installed (needed by {need}): {', '.join(missing)}"
     if report["limits"]["open files"] < MIN_OPEN_FILES:
         yield f"the limit of open files is low: raise it (ulimit -n {MIN_OPEN_FILES})"
-    yield from _objections()
-    if not any(text.startswith("usable") for text in report["platforms"].values()):
+    usable = [name for name, text in report["platforms"].items() if text.startswith("usable")]
+    if usable:
+        yield from _objections(usable)
+    else:
         yield "no platform is usable"
 
 

@@ -129,7 +129,7 @@ class PackingSizes(OpBinder):
 @dataclass(frozen=True, slots=True)
 class RankMemory:
     """Bytes of one rank. `matrices`: linear layers as the platform holds them; `embedding`: its
-    table. Where that is the head too (`head_is_table`), it is the one of the two that is held.
+    table, 0 where rows are looked up in the packed head. `held_once`: one of the two is both.
     `experts`: of `matrices`, what a mixture's experts take; `vectors`: norms and biases."""
 
     matrices: int
@@ -139,7 +139,7 @@ class RankMemory:
     rope: int
     step: int
     rows: int
-    head_is_table: bool
+    held_once: bool
     shapes: dict[str, tuple[int, ...]]
     """Checkpoint tensor → shape in the whole model."""
 
@@ -155,7 +155,7 @@ class RankMemory:
     @property
     def read_per_step(self) -> int:
         """Bytes of weights that every step reads: all but a table that is only looked up in."""
-        return self.matrices + self.vectors + (self.embedding if self.head_is_table else 0)
+        return self.matrices + self.vectors + (self.embedding if self.held_once else 0)
 
 
 def shape_groups(
@@ -222,7 +222,7 @@ def rank_memory(
         rope=rope,
         step=sizes["step"],
         rows=sizes["rows"],
-        head_is_table=table is None or packing.keeps(table),
+        held_once=table is None or packing.keeps(table),
         shapes=shapes,
     )
 

@@ -238,7 +238,7 @@ class _Planner:
         packed, table = "head included", "kept as it is, to be looked up in"
         if not memory.embedding:
             table = "the head as it is packed"
-        elif memory.head_is_table:
+        elif memory.held_once:
             packed = "the head is the embedding's table"
         return {
             "weights": Figure(memory.weights, BYTES, "the four below"),

@@ -43,7 +43,8 @@ def _absent() -> str:
     return "" if possible else unavailable()
 
 
-needs_native = pytest.mark.skipif(bool(_absent()), reason=f"no native kernels: {_absent()}")
+_reason = _absent()
+needs_native = pytest.mark.skipif(bool(_reason), reason=f"no native kernels: {_reason}")
 
 
 def build_of(name: str) -> Path:
