@@ -1,0 +1,81 @@
+"""Tuning tables: what a kernel is launched with on an architecture, chosen by the sizes at hand.
+
+A table is a TOML file. Each kernel has a list of entries; the first one whose `when` holds (every
+size it names is at most what it says) is taken, and the last one has none:
+
+    architecture = "sm_90"
+    fp8 = ["float8_e4m3fn", "float8_e5m2"]
+
+    [[rms_norm]]
+    when = { size = 1024 }
+    values = { ROWS = 4, num_warps = 4 }
+    source = "where these numbers come from"
+
+`values` are the kernel's constants (in capitals) and Triton's launch options. `fp8` names the
+8-bit floats that the architecture converts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`source` says where the numbers come from: a measurement, a paper, another table."""
+
+    when: Mapping[str, int]
+    values: Mapping[str, Any]
+    source: str
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        return all(sizes[name] <= most for name, most in self.when.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    architecture: str
+    fp8: tuple[str, ...]
+    entries: Mapping[str, tuple[Entry, ...]]
+
+    def pick(self, kernel: str, **sizes: int) -> dict[str, Any]:
+        """What to launch `kernel` with. KeyError for a kernel that the table does not have, or a
+        size that an entry asks for and the caller does not tell."""
+        return dict(next(e.values for e in self.entries[kernel] if e.holds(sizes)))
+
+    def constants_only(self) -> Table:
+        """Without launch options: what Triton's interpreter can run."""
+
+        def plain(entry: Entry) -> Entry:
+            kept = {name: value for name, value in entry.values.items() if name.isupper()}
+            return dataclasses.replace(entry, values=kept)
+
+        entries = {kernel: tuple(map(plain, found)) for kernel, found in self.entries.items()}
+        return dataclasses.replace(self, entries=entries)
+
+
+def load(path: Path) -> Table:
+    """Read a table. ValueError, naming file and kernel, for one that is not well formed."""
+    content = tomllib.loads(path.read_text(encoding="utf-8"))
+    architecture = content.pop("architecture", None)
+    if not isinstance(architecture, str):
+        raise ValueError(f"{path.name}: say which `architecture` the table is for")
+    fp8 = tuple(content.pop("fp8", ()))
+    entries = {kernel: _entries(path, kernel, found) for kernel, found in content.items()}
+    return Table(architecture, fp8, entries)
+
+
+def _entries(path: Path, kernel: str, found: Any) -> tuple[Entry, ...]:
+    where = f"{path.name}: [[{kernel}]]"
+    try:
+        entries = tuple(Entry(one.get("when", {}), one["values"], one["source"]) for one in found)
+    except KeyError as error:
+        raise ValueError(f"{where}: an entry has no {error}") from None
+    if any(not entry.when for entry in entries[:-1]) or entries[-1].when:
+        raise ValueError(f"{where}: the last entry, and it alone, goes without `when`")
+    return entries

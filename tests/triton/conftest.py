@@ -1,0 +1,31 @@
+"""Every portable Triton kernel against its op's reference: on a card where there is one, otherwise
+in Triton's interpreter (tests/conftest.py asks for it), where bfloat16 is rounded towards zero."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from trimaran.kernels_cuda.portable import tuning  # noqa: E402
+
+TABLES = Path(tuning.__file__).parents[1] / "tuning"
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def table() -> tuning.Table:
+    """The table of any GPU. (Each entry of each table is compiled by another row of CI.)"""
+    return tuning.load(TABLES / "generic.toml").constants_only()
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
