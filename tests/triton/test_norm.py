@@ -61,14 +61,14 @@ def test_int8_codes_are_those_of_the_reference(device: torch.device, table: Tabl
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_float8_codes_are_within_a_step(
-    dtype: torch.dtype, device: torch.device, table: Table
-) -> None:
-    """Half a step on a card; the interpreter rounds towards zero."""
+def test_float8_codes(dtype: torch.dtype, device: torch.device, table: Table) -> None:
+    """Those of torch's conversion; but the interpreter loses the carry where rounding up reaches
+    a power of two (127.9 becomes 64)."""
     x, weight = torch.randn(9, 300, device=device), torch.randn(300, device=device)
     codes, scales, _ = norm.rms_norm_quantized(x, weight, 1e-6, table, dtype=dtype)
-    expected = rms_norm(x, weight, 1e-6)
-    step = torch.finfo(dtype).eps * (0.51 if device.type == "cuda" else 1.01)
-    off = (codes.float() * scales[:, None] - expected).abs()
-    assert (off <= expected.abs() * step + scales[:, None] / 64).all()
+    expected = (rms_norm(x, weight, 1e-6) / scales[:, None]).to(dtype)
+    same = codes.float() == expected.float()
+    assert same.float().mean() > (0.99 if device.type == "cuda" else 0.85)
+    carried = expected.float().abs().log2().frac() == 0
+    assert (same | carried).float().mean() > 0.99
     assert codes.float().abs().amax(1).eq(torch.finfo(dtype).max).all()  # the whole range is used
