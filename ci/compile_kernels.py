@@ -148,7 +148,7 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [tool, "-res-usage", file.name]
+        command = [str(tool), "-res-usage", file.name]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told))
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
