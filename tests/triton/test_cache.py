@@ -99,7 +99,8 @@ def test_write(
 
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 def test_write_float8(dtype: torch.dtype, device: torch.device, table: Table) -> None:
-    """Torch's codes, but for the interpreter's lost carry (see test_norm); beyond the largest
+    """Torch's codes, but for the interpreter's lost carry (see test_norm) and
+    what it makes of subnormal numbers; beyond the largest
     number that number; NaN stays."""
     _, key, value = (part.clone() for part in qkv(device, 9, 1, 3, 96, torch.float32))
     key[4, 1, 5], key[5, 1, 5] = float("inf"), -60000.0
@@ -113,7 +114,7 @@ def test_write_float8(dtype: torch.dtype, device: torch.device, table: Table) ->
     for ours, theirs in zip(written(found, slots), exact, strict=True):
         theirs = theirs.to(dtype).float()
         same = (ours.float() == theirs) | (ours.float().isnan() & theirs.isnan())
-        carried = theirs.abs().log2().frac() == 0
+        carried = (theirs.abs().log2().frac() == 0) | (theirs.abs() < torch.finfo(dtype).tiny)
         assert same.float().mean() > (0.99 if device.type == "cuda" else 0.85)
         assert (same | carried).all()
         assert ours.float().isnan().equal(theirs.isnan())
