@@ -72,7 +72,7 @@ def _dense_product(
     w_ptr,
     w_at,
     first,
-    last,
+    STEPS: tl.constexpr,
     IN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -83,7 +83,8 @@ def _dense_product(
     integer: tl.constexpr = w_ptr.dtype.element_ty == tl.int8
     wide: tl.constexpr = tl.int32 if integer else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
-    for step in range(first, last):
+    for number in range(STEPS):
+        step = first + number
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = _load(x_ptr + (x_at[:, None] + k[None, :]), (k < IN)[None, :], whole)
         w = _load(w_ptr + (w_at[None, :] + k[:, None]), (k < IN)[:, None], whole)
@@ -103,7 +104,7 @@ def _block_product(
     x_scale_at,
     w_scale_at,
     first,
-    last,
+    STEPS: tl.constexpr,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -115,7 +116,8 @@ def _block_product(
     tl.static_assert(GROUP % BLOCK_K == 0 and GROUP % BLOCK_N == 0)
     whole: tl.constexpr = IN % BLOCK_K == 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for step in range(first, last):
+    for number in range(STEPS):
+        step = first + number
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = _load(x_ptr + (x_at[:, None] + k[None, :]), (k < IN)[None, :], whole)
         w = _load(w_ptr + (w_at[None, :] + k[:, None]), (k < IN)[:, None], whole)
@@ -146,7 +148,7 @@ def _int4_product(
     zero_ptr,
     ahead,
     first,
-    last,
+    STEPS: tl.constexpr,
     OUTS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -160,7 +162,8 @@ def _int4_product(
     tl.static_assert(GROUP % BLOCK_K == 0)
     half: tl.constexpr = BLOCK_K // 2
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for step in range(first, last):
+    for number in range(STEPS):
+        step = first + number
         byte = step * half + tl.arange(0, half)
         codes = tl.load(w_ptr + (w_at[:, None] + byte[None, :]))
         group = step * BLOCK_K // GROUP
@@ -188,7 +191,7 @@ def tile_product(
     w_scale_ptr,
     w_zero_ptr,
     first,
-    last,
+    STEPS: tl.constexpr,
     IN: tl.constexpr,
     OUTS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -196,7 +199,7 @@ def tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile `[BLOCK_M, BLOCK_N]` of the steps [first, last) of BLOCK_K inputs.
+    """A tile `[BLOCK_M, BLOCK_N]` of STEPS times BLOCK_K inputs, from the step `first` on.
 
     Rows of x are `x_at` elements past `x_ptr`; `x_row` are those of their scales. Rows of the
     weight, which has OUTS, are w_first + w_ahead. Scaled already where scales are of groups (GROUP
@@ -214,7 +217,7 @@ def tile_product(
             w_zero_ptr + row,
             w_ahead,
             first,
-            last,
+            STEPS,
             OUTS,
             GROUP,
             BLOCK_M,
@@ -230,7 +233,7 @@ def tile_product(
             x_scale_ptr + x_row.to(tl.int64) * groups,
             w_scale_ptr + row // GROUP * groups,
             first,
-            last,
+            STEPS,
             IN,
             GROUP,
             BLOCK_M,
@@ -244,7 +247,7 @@ def tile_product(
             w_ptr + row * IN,
             w_ahead * IN,
             first,
-            last,
+            STEPS,
             IN,
             BLOCK_M,
             BLOCK_N,
@@ -319,7 +322,7 @@ def _gemm(
     w_ahead = tl.minimum(tl.arange(0, BLOCK_N), OUT - 1 - n * BLOCK_N)
     x_row, w_row = m * BLOCK_M + ahead, n * BLOCK_N + w_ahead
     steps: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
-    share: tl.constexpr = (steps + SPLIT_K - 1) // SPLIT_K
+    share: tl.constexpr = steps // SPLIT_K
     split = tl.program_id(1)
     acc = tile_product(
         x_ptr + m.to(tl.int64) * BLOCK_M * IN,
@@ -332,7 +335,7 @@ def _gemm(
         w_scale_ptr,
         w_zero_ptr,
         split * share,
-        tl.minimum(split * share + share, steps),
+        share,
         IN,
         OUT,
         GROUP,
@@ -476,7 +479,7 @@ def _launch(
 ) -> Tensor:
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    values = launch_values(table, kernel, group, rows=rows, columns=outputs, **sizes)
+    values = launch_values(table, kernel, inputs, group, rows=rows, columns=outputs, **sizes)
     split = values["SPLIT_K"]
     steps = {"X_STEP": step_of(x_scales), "W_STEP": step_of(weight_scales)}
     out = x.new_empty(rows, outputs, dtype=dtype)
@@ -519,11 +522,16 @@ def _launch(
     return out
 
 
-def launch_values(table: Table, kernel: str, group: int, **sizes: int) -> dict[str, Any]:
-    """The table's values; a step of the loop is in one group of inputs."""
+def launch_values(
+    table: Table, kernel: str, inputs: int, group: int, **sizes: int
+) -> dict[str, Any]:
+    """The table's values, where a step of the loop is in one group of inputs and every part of a
+    split sum has as many steps."""
     values = table.pick(kernel, **sizes)
     if group:
         values["BLOCK_K"] = min(values["BLOCK_K"], group)
+    steps = triton.cdiv(inputs, values["BLOCK_K"])
+    values["SPLIT_K"] = next(n for n in range(values["SPLIT_K"], 0, -1) if steps % n == 0)
     return values
 
 

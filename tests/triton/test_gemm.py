@@ -103,16 +103,17 @@ def test_eight_bits(
     close(found.cpu(), product(*values, bias))
 
 
-def test_int8_sums_are_exact(device: torch.device, table: Table) -> None:
-    """In fp32 they would not be: 3,001 products of 127 * 127 and one of 1 pass 2^24."""
-    for tokens in (2, 40):
-        x = torch.full((tokens, 3002), 127, dtype=torch.int8, device=device)
-        x[:, 0] = 1
-        weight = torch.full((3, 3002), 127, dtype=torch.int8, device=device)
-        weight[:, 0] = 1
-        ones = torch.ones((), device=device)
-        found = gemm.matmul_scaled(x, weight, ones, ones, None, table, dtype=torch.float32)
-        assert found.eq(float(3001 * 127 * 127 + 1)).all()
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_int8_sums_are_exact(tokens: int, device: torch.device, table: Table) -> None:
+    """Sums of 1,500 products of 127 * 127 pass 2^24, where fp32 has no odd numbers left; also those
+    that are kept between the parts of a sum."""
+    x = torch.full((tokens, 3001), 127, dtype=torch.int8, device=device)
+    weight = x[:3].clone() if tokens > 2 else x[:1].repeat(3, 1)
+    weight[:, 1500] = 1
+    weight[:, 1501:] = -127
+    ones = torch.ones((), device=device)
+    found = gemm.matmul_scaled(x, weight, ones, ones, None, table, dtype=torch.float32)
+    assert found.eq(127.0).all()
 
 
 @pytest.mark.parametrize("codes", [FP8, torch.float8_e5m2], ids=str)
@@ -191,9 +192,11 @@ def test_groups_have_scales_of_their_own(size: int, device: torch.device, table:
     for number, values in enumerate(x.split(128, dim=1)):
         most = values.abs().amax(1)
         torch.testing.assert_close(scales[:, number], most / 448)
-        # Half a step on a card; the interpreter rounds towards zero.
-        off = (codes.split(128, dim=1)[number].float() * scales[:, number, None] - values).abs()
-        assert (off <= values.abs() / 8 + most[:, None] / 448 / 64).all()
+        expected = (values / scales[:, number, None]).to(FP8).float()
+        # The interpreter loses the carry where rounding up reaches a power of two.
+        carried = expected.abs().log2().frac() == 0
+        same = codes.split(128, dim=1)[number].float() == expected
+        assert (same | (carried & (device.type == "cpu"))).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("size", [100, 5000])
