@@ -1,4 +1,4 @@
-"""Which tuning tables of the portable kernels a card gets, and whether Triton is here to run them."""
+"""Which tuning table of the portable kernels a card gets, and whether Triton can run them."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from .gpu_ops import gpu_ops
 from .gpu_tables import Architecture, CardModel, capabilities_of, model_of
 from .gpu_wheels import Wheel, installed_wheel
 from .interface import (
+    DENSE,
     AttentionImpl,
     AttentionSpec,
     Capabilities,
@@ -95,7 +97,8 @@ class GpuPlatform(Platform):
         architecture = self._card(device).architecture
         # Of one that no table knows only what every GPU that torch serves can do is promised.
         known = self.architectures.get(architecture, Architecture("unknown", "emulated"))
-        return capabilities_of(architecture, known)
+        found = capabilities_of(architecture, known)
+        return dataclasses.replace(found, weight_formats=(DENSE,)) if triton_missing() else found
 
     def roofline(self, device: int = 0) -> Roofline | None:
         model = model_of(self._card(device).name, self.models)
