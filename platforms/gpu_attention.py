@@ -110,6 +110,20 @@ class TritonAttention(AttentionImpl):
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
         cache.write(key, value, cache.Cache(*kv.tensors), slots, self._table)
 
+    def rope_write(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: cache.Rotation,
+        kv: LayerKV,
+        slots: Tensor,
+        norms: cache.HeadNorms | None,
+    ) -> Tensor:
+        """Norms, rotation and `write` in one launch; returns the query."""
+        kept = cache.Cache(*kv.tensors)
+        return cache.rope_write(query, key, value, rotation, kept, slots, self._table, norms)
+
     def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Metadata) -> Tensor:
         kept = attention.PagedCache(*kv.tensors)
         return attention.attend(query, kept, metadata.plan, slopes=metadata.slopes)

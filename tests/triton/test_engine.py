@@ -8,6 +8,7 @@ import random
 import pytest
 from helpers.engine_loop import Loop, greedy, open_loop
 from helpers.generate_reference import Case, greedy_cases
+from helpers.interpreted_gpu import REPLAYS
 
 NUM_TOKENS = 10
 GPU = "helpers.interpreted_gpu:InterpretedGpu"
@@ -30,7 +31,9 @@ def check(loop: Loop, cases: tuple[Case, ...], **options: random.Random) -> None
 
 @pytest.mark.parametrize("model", ["qwen3", "llama3", "mistral", "qwen3_moe"])
 def test_mixed_batches(model: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Prompts in chunks beside requests that decode, in an order of their own."""
+    """Prompts in chunks beside requests that decode, in an order of their own; steps in which all
+    decode are recorded, and replayed for any lengths."""
+    REPLAYS.clear()
     with (
         caplog.at_level("INFO", "trimaran.ops"),
         open_loop(model, platform=GPU, max_num_batched_tokens=24, max_num_seqs=8) as loop,
@@ -38,6 +41,7 @@ def test_mixed_batches(model: str, caplog: pytest.LogCaptureFixture) -> None:
         check(loop, few_cases(model), arrivals=random.Random(1))
     for op in ("attention", "rms_norm", "rope", "silu_mul", *(["moe"] if "moe" in model else [])):
         assert f"{op}: triton" in caplog.text
+    assert len(REPLAYS) >= NUM_TOKENS // 2
 
 
 def test_a_prefix_from_the_cache() -> None:
