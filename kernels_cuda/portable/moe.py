@@ -234,9 +234,9 @@ def _experts(
         result = acc.to(dtype)
         if GATED and part == 0:
             gate = result.to(tl.float32)
-            opened = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+            opened = (gate / (1.0 + tl.exp(-gate))).to(dtype)
         if GATED and part == 1:
-            result = (opened * result.to(tl.float32)).to(dtype)
+            result = (opened.to(tl.float32) * result.to(tl.float32)).to(dtype)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (at < last)[:, None] & (column < OUT)[None, :]
     tl.store(out_ptr + pair.to(tl.int64)[:, None] * OUT + column[None, :], result, mask=inside)
