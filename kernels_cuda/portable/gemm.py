@@ -82,15 +82,16 @@ def _dense_product(
     whole: tl.constexpr = IN % BLOCK_K == 0
     integer: tl.constexpr = w_ptr.dtype.element_ty == tl.int8
     wide: tl.constexpr = tl.int32 if integer else tl.float32
+    # Hopper sums products of 8-bit floats in fewer bits than fp32 has: into fp32 at every step.
+    imprecise: tl.constexpr = BLOCK_K if w_ptr.dtype.element_ty.is_fp8() else None
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
     for number in range(STEPS):
         step = first + number
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = _load(x_ptr + (x_at[:, None] + k[None, :]), (k < IN)[None, :], whole)
         w = _load(w_ptr + (w_at[None, :] + k[:, None]), (k < IN)[:, None], whole)
-        # Hopper sums products of 8-bit floats in fewer bits than fp32 has; into fp32 at every step.
         acc = tl.dot(
-            x, w, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K, out_dtype=wide
+            x, w, acc, input_precision="ieee", max_num_imprecise_acc=imprecise, out_dtype=wide
         )
     return acc
 
