@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import norm
+from .cases_attention import attention_cases
 from .tuning import Table
 
 HALF = torch.bfloat16
@@ -67,4 +68,5 @@ CASES: tuple[Case, ...] = (
     _norm(256, 16384, True, None),
     _norm(256, 16384, True, torch.float8_e4m3fn),
     _norm(256, 16384, True, torch.float8_e4m3fnuz),
+    *attention_cases(Case),
 )
