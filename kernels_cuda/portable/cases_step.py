@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import activation, cache
+from . import activation, cache, sampling
 from .case import Case, float8, integers, rand, short
 from .tuning import Table
 
@@ -84,6 +84,24 @@ def _cache_write(kv_heads: int, dim: int, dtype: torch.dtype) -> Case:
     return Case("cache_write", f"{kv_heads}x{dim} {short(dtype)}", call, float8(dtype))
 
 
+def _argmax(rows: int, vocab: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        scores = rand(device, rows, vocab, dtype=torch.float32)
+        return lambda: sampling.argmax(scores, table)
+
+    return Case("argmax", f"{rows}x{vocab}", call)
+
+
+def _draw(kernel: str, rows: int, vocab: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        logits = rand(device, rows, vocab, dtype=torch.float32)
+        floats = torch.full((3, rows), 0.7, device=device)
+        ints = torch.full((5, rows), 20, device=device)
+        return lambda: sampling.draw(logits, floats, ints, table)
+
+    return Case(kernel, f"{rows}x{vocab}", call)
+
+
 def step_cases() -> Iterator[Case]:
     for kind in ("silu", "gelu", "gelu_tanh"):
         yield _gated(kind, 256, 14336)
@@ -100,3 +118,7 @@ def step_cases() -> Iterator[Case]:
         yield _rope_write(16, 2, 256, dtype, False)
         yield _cache_write(8, 128, dtype)
         yield _cache_write(2, 256, dtype)
+    for rows in (4, 256):
+        yield _argmax(rows, 128256)
+        yield _draw("draw", rows, 128256)
+    yield _draw("draw_choose", 256, 262144)
