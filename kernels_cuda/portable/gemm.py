@@ -129,14 +129,24 @@ def _block_product(
 
 
 @triton.jit
-def _less_zero(codes, zero, dtype: tl.constexpr):
-    """Codes 0..15 and zeros `[BLOCK_N]` -> code - zero in `dtype`, exactly. A code is put below the
-    digits of a power of two whose unit is the last digit: what stands there is the power + code."""
-    power: tl.constexpr = 1024 if dtype == tl.float16 else 128
-    bits: tl.constexpr = 0x6400 if dtype == tl.float16 else 0x4300
+def _less_zero(codes, zero, dtype: tl.constexpr, BF16_ADD: tl.constexpr):
+    """Codes 0..15 and zeros `[BLOCK_N]` -> code - zero in `dtype`, exactly. A code is put into the
+    last digits of a power of two whose unit is the last digit: that is the power + code."""
     tl.static_assert(dtype == tl.float16 or dtype == tl.bfloat16)
-    above = (codes.to(tl.int16) | bits).to(dtype, bitcast=True)
-    return above - (zero.to(tl.float32) + power).to(dtype)[:, None]
+    zero = zero.to(tl.float32)
+    if dtype == tl.float16:
+        above = (codes.to(tl.int16) | 0x6400).to(tl.float16, bitcast=True)
+        value = above - (zero + 1024.0).to(tl.float16)[:, None]
+    elif BF16_ADD:
+        above = (codes.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True)
+        value = above - (zero + 128.0).to(tl.bfloat16)[:, None]
+    else:
+        above = (codes.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True)
+        wide = above - (zero + 8388608.0)[:, None]
+        # The upper half of an fp32 is a bfloat16, and the lower one is empty here.
+        upper = (wide.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+        value = upper.to(tl.bfloat16, bitcast=True)
+    return value
 
 
 @triton.jit
@@ -155,6 +165,7 @@ def _int4_product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BF16_ADD: tl.constexpr,
 ):
     """Scaled by the groups' scales; `ahead` `[BLOCK_N]` tells a row's scale from the tile's first,
     and a group has OUTS of them. The
@@ -174,8 +185,10 @@ def _int4_product(
         high = tl.load(x_ptr + (x_at[None, :] + (k + GROUP // 2)[:, None]))
         scale = tl.load(scale_ptr + group * OUTS + ahead)
         zero = tl.load(zero_ptr + group * OUTS + ahead)
-        part = tl.dot(_less_zero(codes & 15, zero, low.dtype), low, out_dtype=tl.float32)
-        part = tl.dot(_less_zero(codes >> 4, zero, low.dtype), high, part, out_dtype=tl.float32)
+        first_half = _less_zero(codes & 15, zero, low.dtype, BF16_ADD)
+        second_half = _less_zero(codes >> 4, zero, low.dtype, BF16_ADD)
+        part = tl.dot(first_half, low, out_dtype=tl.float32)
+        part = tl.dot(second_half, high, part, out_dtype=tl.float32)
         acc += part * scale[:, None]
     return tl.trans(acc)
 
@@ -199,12 +212,14 @@ def tile_product(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BF16_ADD: tl.constexpr,
 ):
     """A tile `[BLOCK_M, BLOCK_N]` of `steps` times BLOCK_K inputs, from the step `first` on.
 
     Rows of x are `x_at` elements past `x_ptr`; `x_row` are those of their scales. Rows of the
     weight, which has OUTS, are w_first + w_ahead. Scaled already where scales are of groups (GROUP
-    is not 0), otherwise for `rescale` to scale.
+    is not 0), otherwise for `rescale` to scale. BF16_ADD: the architecture adds bfloat16 as it is,
+    where others take several instructions to round.
     """
     groups: tl.constexpr = (IN + GROUP - 1) // GROUP if GROUP > 0 else 0
     row = tl.cast(w_first, tl.int64)
@@ -224,6 +239,7 @@ def tile_product(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            BF16_ADD,
         )
     elif GROUP > 0:
         acc = _block_product(
@@ -315,6 +331,7 @@ def _gemm(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    BF16_ADD: tl.constexpr = False,
 ):
     """`out_ptr`: `[rows, OUT]`, or with SPLIT_K sums to be made `[SPLIT_K, rows, OUT]`. `steps` of
     a sum are told at the launch: a loop of a known length would be unrolled whole, and spill."""
@@ -343,6 +360,7 @@ def _gemm(
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
+        BF16_ADD,
     )
     row = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)

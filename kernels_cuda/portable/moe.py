@@ -193,6 +193,7 @@ def _experts(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    BF16_ADD: tl.constexpr = False,
 ):
     """Out `[pairs, OUT]`; SHARE_X pairs have one row of x. GATED: of an expert's 2 * OUT rows the
     gate's come first."""
@@ -228,6 +229,7 @@ def _experts(
             BLOCK_M,
             BLOCK_N,
             BLOCK_K,
+            BF16_ADD,
         )
         w_row = w_first + part * OUT + w_ahead
         acc = rescale(acc, x_scale_ptr, w_scale_ptr, x_row, w_row, GROUP, X_STEP, W_STEP)
