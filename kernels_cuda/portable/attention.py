@@ -148,14 +148,14 @@ def _attend_tiles(
     head = kv_head * GROUP + row % GROUP
     position = keys - queries + query_row
     column = tl.arange(0, D)
-    token_head = (start + query_row).to(tl.int64) * query_stride + head * HEAD_DIM
-    at = token_head[:, None] + column[None, :]
-    query = load_rows(query_ptr, at, valid, column < HEAD_DIM, True, D != HEAD_DIM)
+    token = start + tl.minimum(query_row, queries - 1)  # rows of no query read the last one's
+    token_head = token.to(tl.int64) * query_stride + head * HEAD_DIM
+    query = load_rows(query_ptr, token_head, HEAD_DIM, D)
     if WIDE:
         query = query.to(tl.float32)
     slope = None
     if slope_ptr is not None:
-        slope = tl.load(slope_ptr + head, mask=valid, other=0.0) * LOG2E
+        slope = tl.load(slope_ptr + head) * LOG2E
 
     # Three ranges: keys that the last queries no longer see, keys that all see, keys that the
     # first do not see yet. Only in the middle one, the longest, nothing has to be asked.

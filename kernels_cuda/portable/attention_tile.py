@@ -70,16 +70,13 @@ def oldest_key(position, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, at, row, column, MASKED: tl.constexpr, PADDED: tl.constexpr):
-    """`[rows, columns]`, 0 where `row` or `column` does not hold; what needs no mask has none."""
-    if MASKED and PADDED:
-        return tl.load(ptr + at, mask=row[:, None] & column[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(ptr + at, mask=row[:, None], other=0.0)
-    elif PADDED:
-        return tl.load(ptr + at, mask=column[None, :], other=0.0)
-    else:
-        return tl.load(ptr + at)
+def load_rows(ptr, at, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """The vectors that begin at the offsets `at` `[rows]` -> `[rows, D]`, 0 beyond HEAD_DIM."""
+    column = tl.arange(0, D)
+    if D == HEAD_DIM:
+        return tl.load(ptr + (at[:, None] + column[None, :]))
+    inside = (column < HEAD_DIM)[None, :]
+    return tl.load(ptr + (at[:, None] + column[None, :]), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -129,39 +126,39 @@ def attend_keys(
     """The state after the key tiles from `begin` (a multiple of BLOCK_N) to before `end`.
 
     query `[rows, D]` in the dtype of the products, position `[rows]`; pointers to the keys, values
-    and scales of the KV head and to the sequence's block table. MASKED: keys outside [oldest,
-    limit) are not read, and a row's own visibility is asked; otherwise all rows see all keys of
-    the range. Scores are lowered by `slope` (times log2 e) a position, where it is not None.
+    and scales of the KV head and to the sequence's block table. MASKED: not all rows see all keys
+    of the range. Scores are lowered by `slope` (times log2 e) a position, where it is not None.
+
+    Keys outside [oldest, limit) may be anything: in their place the nearest key inside is read, and
+    weighs 0. That takes no mask, of which the loads of a tile would need many.
     """
-    column = tl.arange(0, D)
     lane = tl.arange(0, BLOCK_N)
-    padded: tl.constexpr = D != HEAD_DIM
     dtype: tl.constexpr = query.dtype
+    newest = tl.maximum(limit - 1, 0)
+    # A tile's blocks are looked up while the tile before it is computed: an address that waits for
+    # memory would take the keys' place in Triton's pipeline.
+    read = tl.maximum(tl.minimum(begin + lane, newest), oldest)
+    block = tl.load(table_ptr + read // BLOCK_SIZE).to(tl.int64)
     for start in range(begin, end, BLOCK_N):
-        at = start + lane
-        inside = (at >= oldest) & (at < limit)
-        if MASKED:
-            block = tl.load(table_ptr + at // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
-        else:
-            block = tl.load(table_ptr + at // BLOCK_SIZE).to(tl.int64)
-        within = at % BLOCK_SIZE
-        offset = (block * BLOCK_STRIDE + within * HEAD_DIM)[:, None] + column[None, :]
-        key = load_rows(key_ptr, offset, inside, column < HEAD_DIM, MASKED, padded)
-        value = load_rows(value_ptr, offset, inside, column < HEAD_DIM, MASKED, padded)
+        within = read % BLOCK_SIZE
+        offset = block * BLOCK_STRIDE + within * HEAD_DIM
+        beside = block * SCALE_STRIDE + within
+        read = tl.minimum(start + BLOCK_N + lane, newest)
+        block = tl.load(table_ptr + read // BLOCK_SIZE).to(tl.int64)
+        key = load_rows(key_ptr, offset, HEAD_DIM, D)
+        value = load_rows(value_ptr, offset, HEAD_DIM, D)
         scores = tl.dot(query, tl.trans(key.to(dtype)), input_precision="ieee") * score_scale
         if key_scale_ptr is not None:
-            beside = block * SCALE_STRIDE + within
-            scores *= tl.load(key_scale_ptr + beside, mask=inside, other=0.0)[None, :]
+            scores *= tl.load(key_scale_ptr + beside)[None, :]
         if CAPPED:
             # cap * tanh(x) = cap - 2 cap / (e^2x + 1): right at both ends, where e^2x is 0 or inf.
             scores = cap - 2.0 * cap / (tl.exp2(scores) + 1.0)
+        at = start + lane
         distance = position[:, None] - at[None, :]
         if slope is not None:
             scores -= slope[:, None] * tl.abs(distance).to(tl.float32)
         if MASKED:
-            seen = (at < limit)[None, :]
-            if CAUSAL:
-                seen = seen & (distance >= 0)
+            seen = distance >= 0 if CAUSAL else (at < limit)[None, :]
             if WINDOW:
                 seen = seen & (distance < WINDOW)
             scores = tl.where(seen, scores, float("-inf"))
@@ -171,10 +168,9 @@ def attend_keys(
         most = higher
         total = total * fade + tl.sum(weights, axis=1)
         if value_scale_ptr is not None:
-            beside = block * SCALE_STRIDE + within
             # Times 128, which the caller takes out again: weights stay in the range of the values
             # themselves, where a scale of max|v| / 127 would drive them to fp16's smallest.
-            scale = tl.load(value_scale_ptr + beside, mask=inside, other=0.0) * 128.0
+            scale = tl.load(value_scale_ptr + beside) * 128.0
             weights *= scale[None, :]
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(dtype), value.to(dtype), acc, input_precision="ieee")

@@ -25,7 +25,8 @@ DECODE = ((1, 1), (1, 130), (1, 415), (1, 64), (1, 257))
 @pytest.fixture
 def table(table: Table) -> Table:
     """Few programs, so that the interpreter has few to run, and splits of a few tiles."""
-    return change(table, "attend_splits", PROGRAMS=24, MIN_TILES=3)
+    table = change(table, "attend_tiles", BLOCK_M=32, BLOCK_N=32)
+    return change(table, "attend_splits", BLOCK_N=32, PROGRAMS=24, MIN_TILES=3)
 
 
 def spec_of(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **more: Any) -> AttentionSpec:
