@@ -63,7 +63,9 @@ class Image:
 
 
 def buildah(*arguments: str) -> str:
-    return subprocess.run([*BUILDAH, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+    return subprocess.run(
+        [*BUILDAH, *arguments], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def loopback_up() -> None:
@@ -108,7 +110,11 @@ def entry_process(outer: int, start: list[str]) -> int:
 
 def ask() -> str:
     connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
-    body = {"model": "default", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0}
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+    }
     headers = {"Content-Type": "application/json"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
     response = connection.getresponse()
@@ -118,7 +124,9 @@ def ask() -> str:
 
 
 def healthy(container: str, image: Image) -> bool:
-    result = subprocess.run(command(container, image.health), check=False, stderr=subprocess.DEVNULL)
+    result = subprocess.run(
+        command(container, image.health), check=False, stderr=subprocess.DEVNULL
+    )
     return result.returncode == 0
 
 
