@@ -1,6 +1,6 @@
 """Compiles every Triton kernel with every entry of an architecture's tuning table, without a card.
 
-    python ci/compile_kernels.py cuda sm_90 [--report FILE] [--kernel NAME ...]
+    python ci/compile_kernels.py sm_90 [--report FILE] [--quick] [--kernel NAME ...]
 
 The cases of `kernels_cuda/portable/cases.py` are called as on a card, with tensors without memory:
 so the JIT itself specialises their arguments. A driver that has no device takes its place where it
@@ -12,44 +12,49 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # it would turn kernels into Python functions
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from trimaran.kernels_cuda.portable.cases import CASES
+from trimaran.kernels_cuda.portable.cases import CASES, Case
 from trimaran.kernels_cuda.portable.tuning import Table, load
 
 ROOT = Path(__file__).resolve().parents[1]
-KIB = 1024
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability": the most shared
-# memory of a thread block. AMD: LDS of a work group, from the instruction set documents.
+# Bytes of shared memory that a thread block may have (CUDA C++ Programming Guide, "Technical
+# Specifications per Compute Capability"), of LDS that a work group may (AMD's instruction set
+# documents).
 SHARED_LIMIT = {
-    "sm_80": 163 * KIB,
-    "sm_89": 99 * KIB,
-    "sm_90": 227 * KIB,
-    "sm_100": 227 * KIB,
-    "sm_120": 99 * KIB,
-    "gfx90a": 64 * KIB,
-    "gfx942": 64 * KIB,
-    "gfx950": 160 * KIB,
-    "gfx1100": 64 * KIB,
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx90a": 64 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+    "gfx1100": 64 << 10,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
     """What one binary takes: registers a thread (AMD: vector registers), bytes that a thread
-    spills, bytes of shared memory a block."""
+    spills, bytes of shared memory a block. `kernel`: its name in the tuning tables."""
 
     kernel: str
     case: str
@@ -67,6 +72,8 @@ class Compiled:
 
 class Watched(Table):
     """A table that notes the entries it is asked for, as (kernel, number)."""
+
+    picked: set[tuple[str, int]]
 
     def __init__(self, table: Table) -> None:
         super().__init__(table.architecture, table.fp8, table.entries)
@@ -94,113 +101,122 @@ class NoDevice:
         return 0
 
 
-def target_of(backend: str, architecture: str) -> GPUTarget:
-    if backend == "cuda":
+def table_of(architecture: str) -> Table:
+    owner = "kernels_cuda" if architecture.startswith("sm_") else "kernels_hip"
+    return load(ROOT / owner / "tuning" / f"{architecture}.toml")
+
+
+def target_of(architecture: str) -> GPUTarget:
+    """RDNA runs waves of 32, CDNA of 64."""
+    if architecture.startswith("sm_"):
         return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
 
 
-def table_of(backend: str, architecture: str) -> Table:
-    path = ROOT / f"kernels_{backend}" / "tuning" / f"{architecture}.toml"
-    return load(path)
-
-
-def catch_launches(target: GPUTarget) -> list[Any]:
-    """From now on launches compile, and what they compiled is appended to the returned list."""
+@contextmanager
+def compiling_only(target: GPUTarget) -> Iterator[list[Any]]:
+    """Inside, launches compile; what they compiled is appended to the list."""
     triton.runtime.driver.set_active(NoDevice(target))
     caught: list[Any] = []
     run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         caught.append(run(self, *args, grid=grid, warmup=True, **options))
         return caught[-1]
 
     JITFunction.run = compile_only
-    return caught
+    try:
+        yield caught
+    finally:
+        JITFunction.run = run
 
 
-def resources(binary: Any, backend: str) -> tuple[int, int, int]:
+def resources(binary: Any) -> tuple[int, int, int]:
     """Registers a thread, spilled bytes a thread, shared memory a block."""
-    if backend == "cuda":
-        return *_cubin_usage(binary.asm["cubin"]), binary.metadata.shared
-    text = binary.asm["amdgcn"]
-    found = {
-        name: int(value) for name, value in re.findall(r"^\s*\.(\w+):\s+(\d+)$", text, re.MULTILINE)
-    }
+    shared = int(binary.metadata.shared)
+    if "cubin" in binary.asm:
+        return *_cubin_usage(binary.asm["cubin"]), shared
+    told = re.findall(r"^\s*\.(\w+):\s+(\d+)$", binary.asm["amdgcn"], re.MULTILINE)
+    found = {name: int(value) for name, value in told}
     spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
-    return (
-        found["vgpr_count"],
-        spilled,
-        max(found["group_segment_fixed_size"], binary.metadata.shared),
-    )
+    return found["vgpr_count"], spilled, max(found["group_segment_fixed_size"], shared)
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory (which is where registers spill) a thread."""
+    """Registers, and bytes of local memory, which is where they spill."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        command = [str(tool), "-res-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told))
     return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
 
 
-def compile_all(table: Watched, backend: str, kernels: Sequence[str]) -> list[Compiled]:
-    """Every case that fits the architecture, of `kernels` (none named: of all)."""
-    caught = catch_launches(target_of(backend, table.architecture))
-    meta = torch.device("meta")
-    done = []
-    for case in CASES:
-        if (kernels and case.kernel not in kernels) or not case.fits(table):
-            continue
-        caught.clear()
-        case.call(meta, table)()
-        for binary in caught:
-            row = Compiled(case.kernel, case.label, binary.name, *resources(binary, backend))
-            print(row.line(), flush=True)
-            done.append(row)
+def compile_cases(cases: Sequence[Case], table: Table) -> list[Compiled]:
+    """Those of the cases that fit the architecture; prints a line for each binary."""
+    meta, done = torch.device("meta"), []
+    with compiling_only(target_of(table.architecture)) as caught:
+        for case in cases:
+            if not case.fits(table):
+                continue
+            caught.clear()
+            case.call(meta, table)()
+            for binary in caught:
+                row = Compiled(case.kernel, case.label, binary.name, *resources(binary))
+                print(row.line(), flush=True)
+                done.append(row)
     return done
 
 
-def missed(table: Watched, kernels: Sequence[str]) -> list[str]:
-    """Entries that no case reached."""
+def faults_of(done: Sequence[Compiled], architecture: str) -> list[str]:
+    """A line for each binary that is over budget."""
+    limit, faults = SHARED_LIMIT[architecture], []
+    for one in done:
+        where = f"{architecture}: {one.kernel}, {one.case}: {one.binary}"
+        if one.spilled:
+            faults.append(f"{where} spills {one.spilled} bytes a thread")
+        if one.shared > limit:
+            faults.append(f"{where} takes {one.shared} bytes of shared memory, not {limit} at most")
+    return faults
+
+
+def unreached(table: Watched) -> list[str]:
+    """A line for each entry that no case reached."""
     return [
-        f"{kernel}: no case reaches entry {number} of {table.architecture}"
+        f"{table.architecture}: no case reaches entry {number} of {kernel}"
         for kernel, entries in table.entries.items()
         for number in range(len(entries))
-        if (not kernels or kernel in kernels) and (kernel, number) not in table.picked
+        if (kernel, number) not in table.picked
     ]
 
 
-def over(one: Compiled, limit: int) -> str:
-    """What is wrong with a binary; empty: nothing."""
-    if one.spilled:
-        return f"{one.kernel}, {one.case}: {one.binary} spills {one.spilled} bytes a thread"
-    if one.shared > limit:
-        taken = f"{one.shared} bytes of shared memory, a block may have {limit}"
-        return f"{one.kernel}, {one.case}: {one.binary} takes {taken}"
-    return ""
+def first_of_each(cases: Sequence[Case]) -> list[Case]:
+    """A case a kernel."""
+    return list({case.kernel: case for case in reversed(cases)}.values())[::-1]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("backend", choices=("cuda", "hip"))
     parser.add_argument("architecture", choices=SHARED_LIMIT)
     parser.add_argument("--report", type=Path, help="write what each binary takes as JSON")
-    parser.add_argument("--kernel", nargs="*", default=[], help="only these kernels of the table")
+    parser.add_argument("--quick", action="store_true", help="one case a kernel")
+    parser.add_argument("--kernel", nargs="*", default=[], help="only these, whatever is reached")
     args = parser.parse_args()
-    table = Watched(table_of(args.backend, args.architecture))
-    done = compile_all(table, args.backend, args.kernel)
-    limit = SHARED_LIMIT[args.architecture]
-    faults = [fault for one in done if (fault := over(one, limit))] + missed(table, args.kernel)
+    cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
+    table = Watched(table_of(args.architecture))
+    done = compile_cases(first_of_each(cases) if args.quick else cases, table)
+    faults = faults_of(done, args.architecture)
+    if not (args.quick or args.kernel):
+        faults += unreached(table)
     print(f"{len(done)} binaries for {args.architecture}, {len(faults)} faults")
     for fault in faults:
         print(fault, file=sys.stderr)
     if args.report:
-        args.report.write_text(json.dumps([asdict(one) for one in done], indent=1) + "\n")
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        report = {"triton": triton.__version__, "binaries": [asdict(one) for one in done]}
+        args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 1 if faults else 0
 
 

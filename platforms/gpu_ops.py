@@ -1,5 +1,6 @@
-"""Ops on a GPU by torch's own kernels, in fewer launches than their references. Nothing here
-waits for the device or keeps a tensor from one call to the next, so that a step can be captured."""
+"""Ops on a GPU: by the portable kernels, and by torch's own in fewer launches than their
+references. Nothing here waits for the device or keeps a tensor from one call to the next, so that a
+step can be captured."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .interface import DENSE, OpImpl
+from ..kernels_cuda.portable.tuning import Table
+from .gpu_kernels import portable_ops, triton_missing
+from .interface import DENSE, OpImpl, OpSignature, Support
 from .torch_ops import TorchOp, common_ops
 
 
@@ -16,6 +19,11 @@ class Linear(TorchOp):
     """cuBLAS or hipBLASLt through torch."""
 
     op = "linear"
+
+    def supports(self, sig: OpSignature) -> Support:
+        if sig.weight_format != DENSE:
+            return Support.no("torch's linear reads dense weights")
+        return super().supports(sig)
 
     def __call__(self, *args: Any) -> Any:
         x, weight, bias = args
@@ -42,6 +50,10 @@ class Rope(TorchOp):
         return both[:, :heads], both[:, heads:]
 
 
-def gpu_ops() -> dict[str, list[OpImpl]]:
-    impls: list[OpImpl] = [Linear(), Rope(), *common_ops()]
-    return {impl.op: [impl] for impl in impls}
+def gpu_ops(table: Table) -> dict[str, list[OpImpl]]:
+    """By the portable kernels where Triton can be imported, and by torch."""
+    ops: dict[str, list[OpImpl]] = {}
+    portable = [] if triton_missing() else portable_ops(table)
+    for impl in (*portable, Linear(), Rope(), *common_ops()):
+        ops.setdefault(impl.op, []).append(impl)
+    return ops

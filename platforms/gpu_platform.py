@@ -9,11 +9,20 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..kernels_cuda.portable.tuning import Table
 from . import gpu_cards, host
 from .accelerator_communicator import missing_nccl, open_accelerator_communicator
 from .attention_reference import ReferenceAttention
 from .attention_torch import TorchPagedAttention
 from .gpu_cards import Card, Survey, Vendor
+from .gpu_kernels import (
+    GENERIC,
+    describe_kernels,
+    portable_attention,
+    portable_packers,
+    table_for,
+    triton_missing,
+)
 from .gpu_ops import gpu_ops
 from .gpu_tables import Architecture, CardModel, capabilities_of, model_of
 from .gpu_wheels import Wheel, installed_wheel
@@ -33,6 +42,7 @@ from .interface import (
     Probe,
     Roofline,
     Telemetry,
+    WeightPacker,
 )
 from .torch_accelerator import TorchAccelerator
 from .torch_errors import translated
@@ -103,11 +113,23 @@ class GpuPlatform(Platform):
             reason = translated(error)
             raise PlatformUnavailable(f"{card.name} cannot be opened: {reason}") from error
 
+    @functools.cached_property
+    def _table(self) -> Table:
+        """What the portable kernels are launched with: of cards of different architectures, what
+        any of them can run."""
+        architectures = {card.architecture for card in self._cards}
+        return table_for(architectures.pop() if len(architectures) == 1 else GENERIC)
+
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return gpu_ops()
+        return gpu_ops(self._table)
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
-        return (TorchPagedAttention(), ReferenceAttention())
+        plain = (TorchPagedAttention(), ReferenceAttention())
+        return plain if triton_missing() else (portable_attention(self._table), *plain)
+
+    def weight_packers(self) -> Mapping[str, WeightPacker]:
+        packers = () if triton_missing() else portable_packers()
+        return {packer.format: packer for packer in packers}
 
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
         """Blocks of whole tiles of the matrix units (16 rows), so that every block starts at an
@@ -146,6 +168,7 @@ class GpuPlatform(Platform):
             "devices": gpu_cards.summary(probe.devices) or "none",
             "now": "; ".join(states) if any(states) else "not known",
             "torch": f"{wheel.version}, {self.vendor_facts.software} {self.built_for(wheel)}",
+            "kernels": describe_kernels(self._table.architecture),
             "collectives": missing_nccl() or "NCCL",
         }
 

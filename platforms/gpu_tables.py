@@ -17,11 +17,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .interface import Capabilities, DeviceSpec, Fp8Kind, Precision, Roofline
+from .interface import (
+    DENSE,
+    INT4,
+    INT8,
+    W4A16,
+    Capabilities,
+    DeviceSpec,
+    Fp8Kind,
+    Precision,
+    Roofline,
+)
 
 _MIB = 1 << 20
 _GB, _TFLOP = 1e9, 1e12
-_KV_DTYPES = ("bfloat16", "float16", "float32")
+_KV_DTYPES = ("bfloat16", "float16", "float32", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +82,8 @@ def capabilities_of(architecture: str, found: Architecture) -> Capabilities:
     """The contract's form of one table entry."""
     return Capabilities(
         dtypes={"float32": "native", "float16": "native", "bfloat16": found.bfloat16},
-        kv_dtypes=_KV_DTYPES,  # 8-bit caches come with kernels that read them
+        kv_dtypes=_KV_DTYPES,
+        weight_formats=(DENSE, INT8, INT4, W4A16),
         fp8=found.fp8,
         isa=architecture,
         graph_replay=True,

@@ -1,4 +1,4 @@
-"""Lets tests import `helpers.…` from this folder, which is no package, and sets what processes inherit."""
+"""Lets tests import `helpers.…` from this folder, which is no package; sets the environment."""
 
 from __future__ import annotations
 

@@ -7,38 +7,15 @@ to compile what the call would launch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import norm
+from .case import Case as Case
+from .case import float8, rand, short
+from .cases_step import step_cases
 from .tuning import Table
-
-HALF = torch.bfloat16
-
-
-class Case(NamedTuple):
-    """`kernel`: the table's name for what is launched; `label` tells its cases apart; `call` makes
-    the tensors and returns the launch. `fp8`: the 8-bit float that it wants converted, if any."""
-
-    kernel: str
-    label: str
-    call: Callable[[torch.device, Table], Callable[[], Any]]
-    fp8: torch.dtype | None = None
-
-    def fits(self, table: Table) -> bool:
-        """Does the architecture have the numbers it wants?"""
-        return self.fp8 is None or short(self.fp8) in table.fp8
-
-
-def short(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def rand(device: torch.device, *shape: int, dtype: torch.dtype = HALF) -> Tensor:
-    """Normal deviates; of dtypes that have none, whatever they round to."""
-    return torch.empty(shape, dtype=torch.float32, device=device).normal_().to(dtype)
 
 
 def _norm(tokens: int, size: int, residual: bool, dtype: torch.dtype | None) -> Case:
@@ -56,8 +33,7 @@ def _norm(tokens: int, size: int, residual: bool, dtype: torch.dtype | None) -> 
     label = f"{tokens}x{size}{' +residual' if residual else ''}"
     if dtype is None:
         return Case("rms_norm", label, call)
-    fp8 = dtype if dtype.is_floating_point else None
-    return Case("rms_norm", f"{label} {short(dtype)}", call, fp8)
+    return Case("rms_norm", f"{label} {short(dtype)}", call, float8(dtype))
 
 
 CASES: tuple[Case, ...] = (
@@ -67,4 +43,5 @@ CASES: tuple[Case, ...] = (
     _norm(256, 16384, True, None),
     _norm(256, 16384, True, torch.float8_e4m3fn),
     _norm(256, 16384, True, torch.float8_e4m3fnuz),
+    *step_cases(),
 )

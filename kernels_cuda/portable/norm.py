@@ -107,7 +107,7 @@ def _launch(
         eps,
         SIZE=size,
         BLOCK=triton.next_power_of_2(size),
-        LIMIT=LIMITS.get(quantized, 0.0),
+        LIMIT=0.0 if quantized is None else LIMITS[quantized],
         **values,
     )
     return out, total, scales

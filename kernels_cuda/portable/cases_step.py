@@ -1,0 +1,102 @@
+"""Cases of the kernels between a step's matrix products: activations, cache, sampling, batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from . import activation, cache
+from .case import Case, float8, integers, rand, short
+from .tuning import Table
+
+Launch = Callable[[], Any]
+QUANTIZED = (torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+
+
+def _gated(kind: str, tokens: int, size: int) -> Case:
+    run = {
+        "silu": activation.silu_mul,
+        "gelu": activation.gelu_mul,
+        "gelu_tanh": activation.gelu_tanh_mul,
+    }[kind]
+
+    def call(device: torch.device, table: Table) -> Launch:
+        gate_up = rand(device, tokens, 2 * size)
+        return lambda: run(gate_up, table)
+
+    return Case("gated", f"{kind} {tokens}x{size}", call)
+
+
+def _gated_quantized(tokens: int, size: int, dtype: torch.dtype) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        gate_up = rand(device, tokens, 2 * size)
+        return lambda: activation.gated_quantized(gate_up, "silu", table, dtype=dtype)
+
+    return Case("gated_quantized", f"silu {tokens}x{size} {short(dtype)}", call, float8(dtype))
+
+
+def _add(tokens: int, size: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        a, b = rand(device, tokens, size), rand(device, tokens, size)
+        return lambda: activation.add(a, b, table)
+
+    return Case("add", f"{tokens}x{size}", call)
+
+
+def _cache(device: torch.device, kv_heads: int, dim: int, dtype: torch.dtype) -> cache.Cache:
+    shape = (1024, kv_heads, 16, dim)
+    scales = torch.empty(2, *shape[:-1], device=device) if dtype == torch.int8 else ()
+    return cache.Cache(*torch.empty(2, *shape, dtype=dtype, device=device), *scales)
+
+
+def _rope(heads: int, kv_heads: int, dim: int, rotary: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        query, key = rand(device, 256, heads + kv_heads, dim).split((heads, kv_heads), dim=1)
+        positions = integers(device, 4096, 1, 256, dtype=torch.int64)
+        cos_sin = rand(device, 4096, rotary, dtype=torch.float32)
+        return lambda: cache.rope(query, key, positions, cos_sin, table)
+
+    return Case("rope", f"{heads}/{kv_heads}x{dim} {rotary}", call)
+
+
+def _rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, normed: bool) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        whole = rand(device, 256, heads + 2 * kv_heads, dim)
+        query, key, value = whole.split((heads, kv_heads, kv_heads), dim=1)
+        positions = integers(device, 4096, 256, dtype=torch.int64)
+        rotation = cache.Rotation(positions, rand(device, 4096, dim, dtype=torch.float32))
+        norms = cache.HeadNorms(rand(device, dim), rand(device, dim), 1e-6) if normed else None
+        kept, slots = _cache(device, kv_heads, dim, dtype), integers(device, 16384, 256)
+        return lambda: cache.rope_write(query, key, value, rotation, kept, slots, table, norms)
+
+    label = f"{heads}/{kv_heads}x{dim} {short(dtype)}{' normed' if normed else ''}"
+    return Case("rope", label, call, float8(dtype))
+
+
+def _cache_write(kv_heads: int, dim: int, dtype: torch.dtype) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        key, value = rand(device, 256, 2 * kv_heads, dim).chunk(2, dim=1)
+        kept, slots = _cache(device, kv_heads, dim, dtype), integers(device, 16384, 256)
+        return lambda: cache.write(key, value, kept, slots, table)
+
+    return Case("cache_write", f"{kv_heads}x{dim} {short(dtype)}", call, float8(dtype))
+
+
+def step_cases() -> Iterator[Case]:
+    for kind in ("silu", "gelu", "gelu_tanh"):
+        yield _gated(kind, 256, 14336)
+    yield _gated("silu", 256, 768)
+    for dtype in QUANTIZED:
+        yield _gated_quantized(256, 3072, dtype)
+        yield _gated_quantized(256, 14336, dtype)
+        yield _gated_quantized(256, 53248, dtype)
+    yield _add(256, 4096)
+    yield _rope(32, 8, 128, 128)
+    yield _rope(32, 32, 80, 32)
+    for dtype in (torch.bfloat16, *QUANTIZED):
+        yield _rope_write(32, 8, 128, dtype, True)
+        yield _rope_write(16, 2, 256, dtype, False)
+        yield _cache_write(8, 128, dtype)
+        yield _cache_write(2, 256, dtype)

@@ -1,0 +1,135 @@
+"""Paged attention on a GPU by the portable Triton kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels_cuda.portable import attention, cache
+from ..kernels_cuda.portable.tuning import Table
+from .attention_reference import quantize_vectors
+from .interface import (
+    AttentionBatch,
+    AttentionImpl,
+    AttentionSpec,
+    Device,
+    KVRegion,
+    LayerKV,
+    Support,
+)
+from .transfers import to_accelerator
+
+GRAIN = 16
+"""A matrix instruction's rows: block sizes and head sizes are multiples of it."""
+MAX_HEAD_DIM = 256
+MAX_GROUP = 64
+"""Most query heads of a KV head: the rows of one tile."""
+COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Metadata(NamedTuple):
+    """A step's sequences on the device, how its layers are launched, and ALiBi's slopes."""
+
+    sequences: attention.Sequences
+    plan: attention.Plan
+    slopes: Tensor | None
+
+
+class TritonAttention(AttentionImpl):
+    """Keys and values `[blocks, kv_heads, block_size, head_dim]`; an int8 cache has their scales
+    beside them, fp32 `[blocks, kv_heads, block_size]` each."""
+
+    name = "triton"
+    priority = 10
+    layout = "HND"
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._slopes: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+    def supports(self, spec: AttentionSpec) -> Support:
+        if reason := self._refusal(spec):
+            return Support.no(reason)
+        return Support.yes(f"portable Triton, tuned for {self._table.architecture}")
+
+    def _refusal(self, spec: AttentionSpec) -> str:
+        if spec.num_heads % spec.num_kv_heads:
+            return f"{spec.num_heads} heads over {spec.num_kv_heads} KV heads"
+        if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
+            return f"more than {MAX_GROUP} heads share a KV head"
+        if spec.head_dim % GRAIN or spec.head_dim > MAX_HEAD_DIM:
+            return f"head_dim {spec.head_dim}: it takes multiples of {GRAIN} up to {MAX_HEAD_DIM}"
+        if spec.block_size % GRAIN:
+            return f"block_size {spec.block_size}: it takes multiples of {GRAIN}"
+        if spec.dtype not in COMPUTED or spec.kv_dtype not in (*COMPUTED, torch.int8):
+            return f"no kernel for {spec.dtype} over {spec.kv_dtype}"
+        return ""
+
+    def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
+        shape = (num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
+        tensors = [device.alloc_kv(shape, spec.kv_dtype) for _ in range(2)]
+        if spec.kv_dtype == torch.int8:
+            tensors += [device.alloc_kv(shape[:-1], torch.float32) for _ in range(2)]
+        sizes = [tensor[0].numel() * tensor.element_size() for tensor in tensors]
+        regions = [KVRegion(one, size, size) for one, size in zip(tensors, sizes, strict=True)]
+        return LayerKV(tuple(tensors), tuple(regions))
+
+    def block_bytes(self, spec: AttentionSpec) -> int:
+        vector = spec.head_dim * spec.kv_dtype.itemsize
+        if spec.kv_dtype == torch.int8:
+            vector += torch.float32.itemsize
+        return 2 * spec.num_kv_heads * spec.block_size * vector
+
+    def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Metadata:
+        device = batch.block_tables.device
+        both = torch.tensor([*batch.query_starts, *batch.seq_lens], dtype=torch.int32)
+        starts, lens = to_accelerator(both, device).split(
+            [len(batch.query_starts), len(batch.seq_lens)]
+        )
+        edges = zip(batch.query_starts, batch.query_starts[1:], strict=False)
+        most = max(stop - start for start, stop in edges)
+        longest = max(batch.seq_lens)
+        return self.plan_on_device(
+            spec, attention.Sequences(batch.block_tables, starts, lens, most, longest)
+        )
+
+    def plan_on_device(self, spec: AttentionSpec, sequences: attention.Sequences) -> Metadata:
+        """As `plan`, of sequences that are on the device already; waits for nothing there."""
+        planned = attention.plan(spec, sequences, self._table)
+        slopes = None
+        if spec.alibi_slopes:
+            device = sequences.block_tables.device
+            slopes = self._slopes.get((spec.alibi_slopes, device))
+            if slopes is None:
+                slopes = to_accelerator(torch.tensor(spec.alibi_slopes), device)
+                self._slopes[spec.alibi_slopes, device] = slopes
+        return Metadata(sequences, planned, slopes)
+
+    def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
+        cache.write(key, value, paged(kv), slots, self._table)
+
+    def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Metadata) -> Tensor:
+        return attention.attend(query, paged(kv), metadata.plan, slopes=metadata.slopes)
+
+    def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
+        found = torch.stack([kept.index_select(0, blocks) for kept in kv.tensors[:2]])
+        if spec.kv_dtype == torch.int8:
+            scales = torch.stack([scale.index_select(0, blocks) for scale in kv.tensors[2:]])
+            found = found.float() * scales.unsqueeze(-1)
+        return found.transpose(2, 3).contiguous()
+
+    def import_blocks(
+        self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
+    ) -> None:
+        new = canonical.transpose(2, 3)
+        parts = [*quantize_vectors(new)] if spec.kv_dtype == torch.int8 else [new]
+        tensors = zip(kv.tensors, (half for part in parts for half in part), strict=True)
+        for kept, half in tensors:
+            kept.index_copy_(0, blocks, half.to(kept.dtype))
+
+
+def paged(kv: LayerKV) -> cache.PagedCache:
+    """A layer's cache as the kernels take it."""
+    return cache.PagedCache(*kv.tensors)

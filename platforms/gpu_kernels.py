@@ -1,0 +1,79 @@
+"""Which tuning tables of the portable kernels a card gets, and whether Triton is here to run them."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..kernels_cuda.portable.tuning import Table, load
+from .interface import AttentionImpl, OpImpl, WeightPacker
+
+ROOT = Path(__file__).resolve().parents[1]
+GENERIC = "generic"
+RELATIVES = {
+    "sm_86": "sm_89",
+    "sm_87": "sm_80",
+    "sm_103": "sm_100",
+    "sm_110": "sm_100",
+    "sm_121": "sm_120",
+    "gfx1101": "gfx1100",
+    "gfx1102": "gfx1100",
+    "gfx1103": "gfx1100",
+    "gfx1150": "gfx1100",
+    "gfx1151": "gfx1100",
+}
+"""Architectures without a table of their own -> the one whose blocks have no more shared memory
+than theirs, and the same matrix units or fewer."""
+
+
+@functools.cache
+def table_for(architecture: str) -> Table:
+    """The tuning table of an architecture: its own, a relative's, or what any GPU can run."""
+    name = RELATIVES.get(architecture, architecture)
+    for owner in ("kernels_cuda", "kernels_hip"):
+        path = ROOT / owner / "tuning" / f"{name}.toml"
+        if path.exists():
+            return load(path)
+    return load(ROOT / "kernels_cuda" / "tuning" / f"{GENERIC}.toml")
+
+
+@functools.cache
+def triton_missing() -> str:
+    """Why the portable kernels cannot run; empty: they can."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton cannot be imported: {error}"
+    return ""
+
+
+def portable_ops(table: Table) -> Sequence[OpImpl]:
+    """All ops of the portable kernels. Only where Triton is: its import is a second that no other
+    platform has to wait for."""
+    ops = importlib.import_module(".gpu_triton", __package__).triton_ops(table)
+    weights = importlib.import_module(".gpu_weights", __package__)
+    return (*ops, weights.QuantizedLinear(table), weights.TritonMoe(table))
+
+
+def portable_packers() -> Sequence[WeightPacker]:
+    found: Sequence[WeightPacker] = importlib.import_module(
+        ".gpu_weights", __package__
+    ).gpu_packers()
+    return found
+
+
+def portable_attention(table: Table) -> AttentionImpl:
+    found: AttentionImpl = importlib.import_module(".gpu_attention", __package__).TritonAttention(
+        table
+    )
+    return found
+
+
+def describe_kernels(architecture: str) -> str:
+    """One line for people."""
+    if triton_missing():
+        return f"torch's own; {triton_missing()}"
+    version = importlib.import_module("triton").__version__
+    return f"Triton {version}, tuned for {table_for(architecture).architecture}"

@@ -1,0 +1,209 @@
+"""Matrix products by dense, int8, FP8 and int4 weights, and the quantizing of what they multiply.
+
+Expected is the product in float64 of what the codes stand for. In the interpreter a dot of bfloat16
+is not one: it is left to a card.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimaran.kernels_cuda.portable import gemm
+from trimaran.kernels_cuda.portable.quantize import quantize_tokens
+from trimaran.kernels_cuda.portable.tuning import Table
+from trimaran.platforms.attention_reference import quantize_vectors
+from trimaran.platforms.ops import OPS
+
+FP8 = torch.float8_e4m3fn
+# (tokens, in, out): both of a table's entries, whole tiles and parts of them, fewer inputs than a
+# step of the loop has, more rows than a band of tiles.
+SHAPES = [(1, 64, 64), (5, 200, 100), (33, 72, 130), (70, 256, 64), (32, 24, 17)]
+DTYPES = [torch.float16, torch.float32]
+
+
+def close(found: Tensor, expected: Tensor, scale: float = 1.0) -> None:
+    """Within the tolerance of `linear`, for results of that order of magnitude."""
+    tolerance = OPS["linear"].tolerance[found.dtype]
+    torch.testing.assert_close(
+        found.double(),
+        expected,
+        rtol=tolerance.rtol,
+        atol=tolerance.atol * scale,
+        equal_nan=True,
+    )
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found = x.double() @ weight.double().T
+    return found if bias is None else found + bias.double()
+
+
+def random_scales(*shape: int) -> Tensor:
+    return torch.rand(shape) * 0.01 + 0.001
+
+
+def random_codes(*shape: int, dtype: torch.dtype) -> Tensor:
+    if dtype == torch.int8:
+        return torch.randint(-127, 128, shape, dtype=dtype)
+    return (torch.randn(shape) * 4).to(dtype)
+
+
+def expand(scales: Tensor, rows: int, columns: int) -> Tensor:
+    """Scales of blocks of 128 by 128, or of 1 by 128, for each value."""
+    if scales.shape[0] != rows:
+        scales = scales.repeat_interleave(128, 0)[:rows]
+    return scales.repeat_interleave(128, 1)[:, :columns]
+
+
+def int4_weight(out: int, size: int, group: int) -> tuple[gemm.Int4, Tensor]:
+    codes = torch.randint(0, 16, (out, size), dtype=torch.uint8)
+    zeros = torch.randint(0, 16, (out, size // group), dtype=torch.uint8)
+    scales = random_scales(out, size // group)
+    values = (codes.double() - zeros.repeat_interleave(group, 1)) * scales.double()[
+        :, :, None
+    ].expand(-1, -1, group).reshape(out, size)
+    return gemm.pack_int4(codes, scales, zeros), values
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dense(
+    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, table: Table
+) -> None:
+    tokens, size, out = shape
+    x, weight = torch.randn(tokens, size).to(dtype), torch.randn(out, size).to(dtype) / size**0.5
+    bias = torch.randn(out).to(dtype) if out % 2 == 0 else None
+    place = None if bias is None else bias.to(device)
+    found = gemm.matmul(x.to(device), weight.to(device), place, table)
+    assert found.dtype == dtype
+    close(found.cpu(), product(x, weight, bias))
+
+
+@pytest.mark.parametrize("one_scale", [False, True], ids=["rows", "one"])
+@pytest.mark.parametrize("codes", [torch.int8, FP8, torch.float8_e4m3fnuz], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eight_bits(
+    shape: tuple[int, int, int],
+    codes: torch.dtype,
+    one_scale: bool,
+    device: torch.device,
+    table: Table,
+) -> None:
+    tokens, size, out = shape
+    x, weight = random_codes(tokens, size, dtype=codes), random_codes(out, size, dtype=codes)
+    x_scales, scales = (random_scales(*(() if one_scale else (n,))) for n in (tokens, out))
+    bias = torch.randn(out)
+    dtype = torch.float32 if one_scale else torch.float16
+    args = (each.to(device) for each in (x, weight, x_scales, scales, bias))
+    found = gemm.matmul_scaled(*args, table, dtype=dtype)
+    assert found.dtype == dtype
+    values = (x.double() * x_scales.reshape(-1, 1), weight.double() * scales.reshape(-1, 1))
+    close(found.cpu(), product(*values, bias))
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_int8_sums_are_exact(tokens: int, device: torch.device, table: Table) -> None:
+    """Sums of 1,500 products of 127 * 127 pass 2^24, where fp32 has no odd numbers left; also those
+    that are kept between the parts of a sum."""
+    x = torch.full((tokens, 3001), 127, dtype=torch.int8, device=device)
+    weight = x[:3].clone() if tokens > 2 else x[:1].repeat(3, 1)
+    weight[:, 1500] = 1
+    weight[:, 1501:] = -127
+    ones = torch.ones((), device=device)
+    found = gemm.matmul_scaled(x, weight, ones, ones, None, table, dtype=torch.float32)
+    assert found.eq(127.0).all()
+
+
+@pytest.mark.parametrize("codes", [FP8, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("shape", [(1, 128, 128), (5, 300, 200), (40, 256, 130)], ids=str)
+def test_blocks(
+    shape: tuple[int, int, int], codes: torch.dtype, device: torch.device, table: Table
+) -> None:
+    """Also activations in the other 8-bit float."""
+    tokens, size, out = shape
+    x, weight = random_codes(tokens, size, dtype=codes), random_codes(out, size, dtype=FP8)
+    x_scales = random_scales(tokens, -(-size // 128))
+    scales = random_scales(-(-out // 128), -(-size // 128))
+    args = (each.to(device) for each in (x, weight, x_scales, scales))
+    found = gemm.matmul_blocks(*args, None, table, dtype=torch.float32)
+    values = (
+        x.double() * expand(x_scales, tokens, size),
+        weight.double() * expand(scales, out, size),
+    )
+    close(found.cpu(), product(*values, None))
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_int4(tokens: int, group: int, device: torch.device, table: Table) -> None:
+    size, out = 384, 100
+    weight, values = int4_weight(out, size, group)
+    x, bias = torch.randn(tokens, size).half(), torch.randn(out).half()
+    placed = gemm.Int4(*(each.to(device) for each in weight))
+    found = gemm.matmul_int4(x.to(device), placed, bias.to(device), table)
+    assert found.dtype == x.dtype
+    close(found.cpu(), product(x, values, bias))
+
+
+def test_int4_groups_are_checked() -> None:
+    codes = torch.zeros(4, 96, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="2 groups of 96"):
+        gemm.pack_int4(codes, torch.ones(4, 2), torch.ones(4, 2))
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_what_is_no_number_stays_in_its_row(
+    tokens: int, device: torch.device, table: Table
+) -> None:
+    """Whatever stands beyond the tokens, too."""
+    x = torch.full((tokens + 1, 200), float("nan"), dtype=torch.float16, device=device)[:tokens]
+    x.copy_(torch.randn(tokens, 200))
+    x[1, 199] = float("inf")
+    x[2, 0] = float("nan")
+    weight = torch.randn(50, 200, device=device).half()
+    found = gemm.matmul(x, weight, None, table)
+    assert found.isfinite().all(1).nonzero().flatten().tolist() == [0, *range(3, tokens)]
+    close(found, product(x, weight, None))
+
+
+# ---------------------------------------------------------------------------------------------
+# Quantizing
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (9, 300), (3, 5000)], ids=str)
+def test_int8_codes_of_tokens(shape: tuple[int, int], device: torch.device, table: Table) -> None:
+    x = torch.randn(shape, device=device)
+    x[-1] = 0.0 if shape[0] > 1 else 2.0
+    codes, scales = quantize_tokens(x, torch.int8, table)
+    expected, expected_scales = quantize_vectors(x)
+    torch.testing.assert_close(scales, expected_scales)
+    assert (codes.int() - expected.int()).abs().max() <= 1  # a tie may fall either way
+    assert (codes != expected).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("size", [128, 300, 512])
+def test_groups_have_scales_of_their_own(size: int, device: torch.device, table: Table) -> None:
+    x = torch.randn(5, size, device=device) * torch.logspace(-2, 2, size, device=device)
+    codes, scales = quantize_tokens(x, FP8, table, group=128)
+    assert scales.shape == (5, -(-size // 128))
+    for number, values in enumerate(x.split(128, dim=1)):
+        most = values.abs().amax(1)
+        torch.testing.assert_close(scales[:, number], most / 448)
+        expected = (values / scales[:, number, None]).to(FP8).float()
+        # The interpreter loses the carry where rounding up reaches a power of two.
+        carried = expected.abs().log2().frac() == 0
+        same = codes.split(128, dim=1)[number].float() == expected
+        assert (same | (carried & (device.type == "cpu"))).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("size", [100, 5000])
+def test_a_row_that_is_not_finite_has_no_scale(
+    size: int, device: torch.device, table: Table
+) -> None:
+    x = torch.randn(4, size, device=device)
+    x[1, size - 1], x[2, 3] = float("nan"), float("-inf")
+    _, scales = quantize_tokens(x, torch.int8, table)
+    assert scales.isnan().tolist() == [False, True, True, False]
