@@ -7,11 +7,12 @@ in the working directory. So an image's layer of dependencies needs none of the 
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 
-def requirements(project: dict, extras: list[str]) -> list[str]:
+def requirements(project: dict[str, Any], extras: list[str]) -> list[str]:
     """Raises KeyError for an extra that there is not."""
-    optional = project["optional-dependencies"]
+    optional: dict[str, list[str]] = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(line for extra in extras for line in optional[extra])]
     return list(dict.fromkeys(wanted))
 

@@ -120,7 +120,7 @@ def ask() -> str:
     response = connection.getresponse()
     text = response.read().decode()
     assert response.status == 200, f"{response.status}: {text}"
-    return json.loads(text)["choices"][0]["message"]["content"]
+    return str(json.loads(text)["choices"][0]["message"]["content"])
 
 
 def healthy(container: str, image: Image) -> bool:
