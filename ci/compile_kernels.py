@@ -163,7 +163,7 @@ def compile_cases(cases: Sequence[Case], table: Table) -> list[Compiled]:
                 continue
             caught.clear()
             case.call(meta, table)()
-            for binary in caught:
+            for binary in dict.fromkeys(caught):  # one that is launched often is one
                 row = Compiled(case.kernel, case.label, binary.name, *resources(binary))
                 print(row.line(), flush=True)
                 done.append(row)

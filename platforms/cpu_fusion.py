@@ -11,7 +11,8 @@ from typing import Any
 from ..kernels_cpu.library import Call
 from .cpu_native import NativeOp, Operand
 from .cpu_ops import NativeRmsNorm, NativeRope
-from .interface import Output, StepGraph, StepNode, Value, View
+from .interface import Output, StepGraph, StepNode, Value
+from .step_graph import uses_of
 
 
 class NativeQkNormRope(NativeOp):
@@ -35,7 +36,7 @@ def fused(graph: StepGraph) -> list[StepNode | None]:
     """The graph's nodes, those that a kernel takes over from its neighbours left out (None), so
     that the values of the others keep their numbers."""
     nodes: list[StepNode | None] = list(graph.nodes)
-    uses = _uses(graph)
+    uses = uses_of(graph)
     for index, node in enumerate(graph.nodes):
         if not isinstance(inspect.unwrap(node.call), NativeRope):
             continue
@@ -56,9 +57,3 @@ def _norm_before(graph: StepGraph, argument: Any, uses: Counter[Value]) -> int |
         return None
     call = inspect.unwrap(graph.nodes[argument.node].call)
     return argument.node if isinstance(call, NativeRmsNorm) else None
-
-
-def _uses(graph: StepGraph) -> Counter[Value]:
-    read = [argument for node in graph.nodes for argument in node.arguments]
-    bases = (one.base if isinstance(one, View) else one for one in (*read, graph.result))
-    return Counter(base for base in bases if isinstance(base, Value))

@@ -108,10 +108,25 @@ class TritonAttention(AttentionImpl):
         return Metadata(sequences, planned, slopes)
 
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
-        cache.write(key, value, paged(kv), slots, self._table)
+        cache.write(key, value, cache.Cache(*kv.tensors), slots, self._table)
+
+    def rope_write(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: cache.Rotation,
+        kv: LayerKV,
+        slots: Tensor,
+        norms: cache.HeadNorms | None,
+    ) -> Tensor:
+        """Norms, rotation and `write` in one launch; returns the query."""
+        kept = cache.Cache(*kv.tensors)
+        return cache.rope_write(query, key, value, rotation, kept, slots, self._table, norms)
 
     def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Metadata) -> Tensor:
-        return attention.attend(query, paged(kv), metadata.plan, slopes=metadata.slopes)
+        kept = attention.PagedCache(*kv.tensors)
+        return attention.attend(query, kept, metadata.plan, slopes=metadata.slopes)
 
     def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
         found = torch.stack([kept.index_select(0, blocks) for kept in kv.tensors[:2]])
@@ -128,8 +143,3 @@ class TritonAttention(AttentionImpl):
         tensors = zip(kv.tensors, (half for part in parts for half in part), strict=True)
         for kept, half in tensors:
             kept.index_copy_(0, blocks, half.to(kept.dtype))
-
-
-def paged(kv: LayerKV) -> cache.PagedCache:
-    """A layer's cache as the kernels take it."""
-    return cache.PagedCache(*kv.tensors)

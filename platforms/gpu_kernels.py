@@ -1,14 +1,24 @@
-"""Which tuning tables of the portable kernels a card gets, and whether Triton is here to run them."""
+"""Which tuning table of the portable kernels a card gets, and whether Triton can run them."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from ..kernels_cuda.portable.tuning import Table, load
-from .interface import AttentionImpl, OpImpl, WeightPacker
+from .interface import (
+    AttentionImpl,
+    Device,
+    OpImpl,
+    StepFn,
+    StepGraph,
+    StepInput,
+    WeightPacker,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERIC = "generic"
@@ -69,6 +79,15 @@ def portable_attention(table: Table) -> AttentionImpl:
         table
     )
     return found
+
+
+def build_portable_step(graph: StepGraph, devices: Mapping[torch.device, Device]) -> StepFn | None:
+    """The step by the portable kernels, on that of the open `devices` where its buffers lie."""
+    buffers = (one for node in graph.nodes for one in node.arguments if isinstance(one, StepInput))
+    device = devices[next(buffers).tensor.device]
+    module = importlib.import_module(".gpu_step", __package__)
+    built: StepFn | None = module.compile_step(graph, device)
+    return built
 
 
 def describe_kernels(architecture: str) -> str:

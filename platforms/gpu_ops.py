@@ -52,8 +52,13 @@ class Rope(TorchOp):
 
 def gpu_ops(table: Table) -> dict[str, list[OpImpl]]:
     """By the portable kernels where Triton can be imported, and by torch."""
-    ops: dict[str, list[OpImpl]] = {}
-    portable = [] if triton_missing() else portable_ops(table)
-    for impl in (*portable, Linear(), Rope(), *common_ops()):
-        ops.setdefault(impl.op, []).append(impl)
+    ops = torch_ops()
+    for impl in () if triton_missing() else portable_ops(table):
+        ops.setdefault(impl.op, []).insert(0, impl)
     return ops
+
+
+def torch_ops() -> dict[str, list[OpImpl]]:
+    """By torch alone."""
+    impls: list[OpImpl] = [Linear(), Rope(), *common_ops()]
+    return {impl.op: [impl] for impl in impls}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from .attention_torch import TorchPagedAttention
 from .gpu_cards import Card, Survey, Vendor
 from .gpu_kernels import (
     GENERIC,
+    build_portable_step,
     describe_kernels,
     portable_attention,
     portable_packers,
@@ -27,6 +30,7 @@ from .gpu_ops import gpu_ops
 from .gpu_tables import Architecture, CardModel, capabilities_of, model_of
 from .gpu_wheels import Wheel, installed_wheel
 from .interface import (
+    DENSE,
     AttentionImpl,
     AttentionSpec,
     Capabilities,
@@ -41,6 +45,9 @@ from .interface import (
     PlatformUnavailable,
     Probe,
     Roofline,
+    StepFn,
+    StepGraph,
+    StepLimits,
     Telemetry,
     WeightPacker,
 )
@@ -95,7 +102,10 @@ class GpuPlatform(Platform):
         architecture = self._card(device).architecture
         # Of one that no table knows only what every GPU that torch serves can do is promised.
         known = self.architectures.get(architecture, Architecture("unknown", "emulated"))
-        return capabilities_of(architecture, known)
+        found = capabilities_of(architecture, known)
+        if triton_missing():
+            return dataclasses.replace(found, weight_formats=(DENSE,), compiles_steps=False)
+        return found
 
     def roofline(self, device: int = 0) -> Roofline | None:
         model = model_of(self._card(device).name, self.models)
@@ -108,10 +118,17 @@ class GpuPlatform(Platform):
         try:
             ordinal = find_ordinal(torch.cuda, self._cards, device, self.vendor_facts.order)
             telemetry = functools.partial(self.read_telemetry, card)
-            return TorchAccelerator(torch.cuda, device, ordinal, telemetry)
+            opened = TorchAccelerator(torch.cuda, device, ordinal, telemetry)
         except (RuntimeError, AssertionError) as error:  # torch asserts that it has the vendor
             reason = translated(error)
             raise PlatformUnavailable(f"{card.name} cannot be opened: {reason}") from error
+        self._opened[opened.torch_device] = opened
+        return opened
+
+    @functools.cached_property
+    def _opened(self) -> MutableMapping[torch.device, Device]:
+        """The devices that are open, by torch's name for them."""
+        return weakref.WeakValueDictionary()
 
     @functools.cached_property
     def _table(self) -> Table:
@@ -158,6 +175,9 @@ class GpuPlatform(Platform):
 
     def communicator(self, group: GroupSpec, device: Device) -> Communicator:
         return open_accelerator_communicator(group, device)
+
+    def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
+        return build_portable_step(graph, self._opened)
 
     def describe(self) -> Mapping[str, str]:
         """Also how the cards are now: a hot or capped one explains a slow start."""

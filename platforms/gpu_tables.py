@@ -91,6 +91,8 @@ def capabilities_of(architecture: str, found: Architecture) -> Capabilities:
         run_ahead=1,
         unified_memory=found.unified,
         deterministic=True,
+        compiles_steps=True,
+        step_sizes="any",
     )
 
 

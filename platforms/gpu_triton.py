@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..kernels_cuda.portable import activation, cache, norm, sampling
+from ..kernels_cuda.portable import activation, cache, norm
 from ..kernels_cuda.portable.tuning import Table
 from .interface import OpImpl, OpSignature, Support
 
@@ -42,7 +42,6 @@ LAUNCHES: dict[str, Callable[..., Any]] = {
     "gelu_tanh_mul": activation.gelu_tanh_mul,
     "add": activation.add,
     "rope": cache.rope,
-    "draw": sampling.draw,
 }
 """The ops whose launch takes exactly their arguments."""
 

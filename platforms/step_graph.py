@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,22 +31,39 @@ def interpret(graph: StepGraph) -> StepFn:
     def step(metadata: Sequence[Any], num_tokens: int) -> Tensor:
         if not (graph.any_size or num_tokens == graph.num_tokens):
             raise ValueError(f"A step of {num_tokens} tokens; the graph has {graph.num_tokens}.")
-        return _Run(graph, metadata, num_tokens).result()
+        return StepRun(graph, graph.nodes, metadata, num_tokens).result()
 
     return step
 
 
-class _Run:
-    """One step of a graph."""
+def uses_of(graph: StepGraph) -> Counter[Value]:
+    """How often each value is read."""
+    read = [argument for node in graph.nodes for argument in node.arguments]
+    bases = (one.base if isinstance(one, View) else one for one in (*read, graph.result))
+    return Counter(base for base in bases if isinstance(base, Value))
 
-    def __init__(self, graph: StepGraph, metadata: Sequence[Any], num_tokens: int) -> None:
+
+class StepRun:
+    """One step of a graph, one node after the other. `nodes`: the graph's, or what stands for
+    them; None where another node does a node's work."""
+
+    def __init__(
+        self,
+        graph: StepGraph,
+        nodes: Sequence[StepNode | None],
+        metadata: Sequence[Any],
+        num_tokens: int,
+    ) -> None:
         self._graph = graph
+        self._nodes = nodes
         self._metadata = metadata
         self._num_tokens = num_tokens
         self._values: dict[Value, Tensor] = {}
 
     def result(self) -> Tensor:
-        for index, node in enumerate(self._graph.nodes):
+        for index, node in enumerate(self._nodes):
+            if node is None:
+                continue
             found = node.call(*map(self._resolve, node.arguments))
             for position, tensor in enumerate(self._as_outputs(found, node, index)):
                 self._values[Value(index, position)] = tensor

@@ -157,7 +157,8 @@ def _attend_splits(
     tiles = tl.cdiv(keys, BLOCK_N) - first
     begin = (first + tiles * split // count) * BLOCK_N
     end = (first + tiles * (split + 1) // count) * BLOCK_N
-    acc, most, total = empty_state(sink_ptr, head, valid & (split == 0), BLOCK_M, D)
+    has_sink = row < tl.where(split == 0, queries * GROUP, 0)
+    acc, most, total = empty_state(sink_ptr, head, has_sink, BLOCK_M, D)
     acc, most, total = attend_keys(
         acc,
         most,

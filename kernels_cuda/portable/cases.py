@@ -14,6 +14,8 @@ import torch
 from . import norm
 from .case import Case as Case
 from .case import float8, rand, short
+from .cases_attention import attention_cases
+from .cases_gemm import gemm_cases
 from .cases_step import step_cases
 from .tuning import Table
 
@@ -44,4 +46,6 @@ CASES: tuple[Case, ...] = (
     _norm(256, 16384, True, torch.float8_e4m3fn),
     _norm(256, 16384, True, torch.float8_e4m3fnuz),
     *step_cases(),
+    *gemm_cases(),
+    *attention_cases(Case),
 )

@@ -72,7 +72,7 @@ def _dense_product(
     w_ptr,
     w_at,
     first,
-    STEPS: tl.constexpr,
+    steps,
     IN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,15 +82,16 @@ def _dense_product(
     whole: tl.constexpr = IN % BLOCK_K == 0
     integer: tl.constexpr = w_ptr.dtype.element_ty == tl.int8
     wide: tl.constexpr = tl.int32 if integer else tl.float32
+    # Hopper sums products of 8-bit floats in fewer bits than fp32 has: into fp32 at every step.
+    imprecise: tl.constexpr = BLOCK_K if w_ptr.dtype.element_ty.is_fp8() else None
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=wide)
-    for number in range(STEPS):
+    for number in range(steps):
         step = first + number
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = _load(x_ptr + (x_at[:, None] + k[None, :]), (k < IN)[None, :], whole)
         w = _load(w_ptr + (w_at[None, :] + k[:, None]), (k < IN)[:, None], whole)
-        # Hopper sums products of 8-bit floats in fewer bits than fp32 has; into fp32 at every step.
         acc = tl.dot(
-            x, w, acc, input_precision="ieee", max_num_imprecise_acc=BLOCK_K, out_dtype=wide
+            x, w, acc, input_precision="ieee", max_num_imprecise_acc=imprecise, out_dtype=wide
         )
     return acc
 
@@ -104,7 +105,7 @@ def _block_product(
     x_scale_at,
     w_scale_at,
     first,
-    STEPS: tl.constexpr,
+    steps,
     IN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -116,7 +117,7 @@ def _block_product(
     tl.static_assert(GROUP % BLOCK_K == 0 and GROUP % BLOCK_N == 0)
     whole: tl.constexpr = IN % BLOCK_K == 0
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for number in range(STEPS):
+    for number in range(steps):
         step = first + number
         k = step * BLOCK_K + tl.arange(0, BLOCK_K)
         x = _load(x_ptr + (x_at[:, None] + k[None, :]), (k < IN)[None, :], whole)
@@ -148,7 +149,7 @@ def _int4_product(
     zero_ptr,
     ahead,
     first,
-    STEPS: tl.constexpr,
+    steps,
     OUTS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -162,7 +163,7 @@ def _int4_product(
     tl.static_assert(GROUP % BLOCK_K == 0)
     half: tl.constexpr = BLOCK_K // 2
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for number in range(STEPS):
+    for number in range(steps):
         step = first + number
         byte = step * half + tl.arange(0, half)
         codes = tl.load(w_ptr + (w_at[:, None] + byte[None, :]))
@@ -191,7 +192,7 @@ def tile_product(
     w_scale_ptr,
     w_zero_ptr,
     first,
-    STEPS: tl.constexpr,
+    steps,
     IN: tl.constexpr,
     OUTS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -199,7 +200,7 @@ def tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile `[BLOCK_M, BLOCK_N]` of STEPS times BLOCK_K inputs, from the step `first` on.
+    """A tile `[BLOCK_M, BLOCK_N]` of `steps` times BLOCK_K inputs, from the step `first` on.
 
     Rows of x are `x_at` elements past `x_ptr`; `x_row` are those of their scales. Rows of the
     weight, which has OUTS, are w_first + w_ahead. Scaled already where scales are of groups (GROUP
@@ -217,7 +218,7 @@ def tile_product(
             w_zero_ptr + row,
             w_ahead,
             first,
-            STEPS,
+            steps,
             OUTS,
             GROUP,
             BLOCK_M,
@@ -233,7 +234,7 @@ def tile_product(
             x_scale_ptr + x_row.to(tl.int64) * groups,
             w_scale_ptr + row // GROUP * groups,
             first,
-            STEPS,
+            steps,
             IN,
             GROUP,
             BLOCK_M,
@@ -247,7 +248,7 @@ def tile_product(
             w_ptr + row * IN,
             w_ahead * IN,
             first,
-            STEPS,
+            steps,
             IN,
             BLOCK_M,
             BLOCK_N,
@@ -293,7 +294,7 @@ def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 # ---------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "steps"])
 def _gemm(
     x_ptr,
     w_ptr,
@@ -303,6 +304,7 @@ def _gemm(
     bias_ptr,
     out_ptr,
     rows,
+    steps,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -314,15 +316,14 @@ def _gemm(
     GROUP_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """`out_ptr`: `[rows, OUT]`, or with SPLIT_K sums to be made `[SPLIT_K, rows, OUT]`."""
+    """`out_ptr`: `[rows, OUT]`, or with SPLIT_K sums to be made `[SPLIT_K, rows, OUT]`. `steps` of
+    a sum are told at the launch: a loop of a known length would be unrolled whole, and spill."""
     tiles_n: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     m, n = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tiles_n, GROUP_M)
     # Past the end the last row is read again: no mask in the loop, and nothing of it is stored.
     ahead = tl.minimum(tl.arange(0, BLOCK_M), rows - 1 - m * BLOCK_M)
     w_ahead = tl.minimum(tl.arange(0, BLOCK_N), OUT - 1 - n * BLOCK_N)
     x_row, w_row = m * BLOCK_M + ahead, n * BLOCK_N + w_ahead
-    steps: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
-    share: tl.constexpr = steps // SPLIT_K
     split = tl.program_id(1)
     acc = tile_product(
         x_ptr + m.to(tl.int64) * BLOCK_M * IN,
@@ -334,8 +335,8 @@ def _gemm(
         w_ahead,
         w_scale_ptr,
         w_zero_ptr,
-        split * share,
-        share,
+        split * steps,
+        steps,
         IN,
         OUT,
         GROUP,
@@ -481,7 +482,8 @@ def _launch(
     outputs = weight.shape[0]
     values = launch_values(table, kernel, inputs, group, rows=rows, columns=outputs, **sizes)
     split = values["SPLIT_K"]
-    steps = {"X_STEP": step_of(x_scales), "W_STEP": step_of(weight_scales)}
+    steps = triton.cdiv(inputs, values["BLOCK_K"]) // split
+    scale_steps = {"X_STEP": step_of(x_scales), "W_STEP": step_of(weight_scales)}
     out = x.new_empty(rows, outputs, dtype=dtype)
     parts = out
     if split > 1:
@@ -498,10 +500,11 @@ def _launch(
         bias,
         parts,
         rows,
+        steps,
         IN=inputs,
         OUT=outputs,
         GROUP=group,
-        **steps,
+        **scale_steps,
         **values,
     )
     if split > 1:
@@ -516,7 +519,7 @@ def _launch(
             OUT=outputs,
             GROUP=group,
             SPLIT_K=split,
-            **steps,
+            **scale_steps,
             **values,
         )
     return out

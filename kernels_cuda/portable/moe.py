@@ -168,7 +168,7 @@ def _segment(count_ptr, tile, EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOC
     return expert, first, last
 
 
-@triton.jit(do_not_specialize=["tiles_m"])
+@triton.jit(do_not_specialize=["tiles_m", "steps"])
 def _experts(
     x_ptr,
     w_ptr,
@@ -179,6 +179,7 @@ def _experts(
     count_ptr,
     out_ptr,
     tiles_m,
+    steps,
     IN: tl.constexpr,
     OUT: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -199,7 +200,6 @@ def _experts(
     expert, first, last = _segment(count_ptr, m, EXPERTS, BLOCK_E, BLOCK_M)
     if expert >= EXPERTS:
         return
-    steps: tl.constexpr = (IN + BLOCK_K - 1) // BLOCK_K
     parts: tl.constexpr = 2 if GATED else 1
     at = first + tl.arange(0, BLOCK_M)
     # Past the end the last row is read again: no mask in the loop, and nothing of it is stored.
@@ -234,9 +234,9 @@ def _experts(
         result = acc.to(dtype)
         if GATED and part == 0:
             gate = result.to(tl.float32)
-            opened = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+            opened = (gate / (1.0 + tl.exp(-gate))).to(dtype)
         if GATED and part == 1:
-            result = (opened * result.to(tl.float32)).to(dtype)
+            result = (opened.to(tl.float32) * result.to(tl.float32)).to(dtype)
     column = n * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (at < last)[:, None] & (column < OUT)[None, :]
     tl.store(out_ptr + pair.to(tl.int64)[:, None] * OUT + column[None, :], result, mask=inside)
@@ -281,6 +281,7 @@ def expert_products(
         counts,
         out,
         tiles,
+        triton.cdiv(inputs, values["BLOCK_K"]),
         IN=inputs,
         OUT=outputs,
         EXPERTS=experts,

@@ -14,7 +14,7 @@ import torch
 from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.attention_torch import TorchPagedAttention
 from trimaran.platforms.cuda import CudaPlatform
-from trimaran.platforms.gpu_ops import gpu_ops
+from trimaran.platforms.gpu_ops import torch_ops
 from trimaran.platforms.gpu_platform import GpuPlatform
 from trimaran.platforms.interface import (
     AttentionBatch,
@@ -118,7 +118,7 @@ def test_ops_agree_with_their_references(device: Device, dtype: torch.dtype) -> 
         "linear": (random(9, 64), PackedWeight(DENSE, (48, 64), (weight,)), None),
         **{op: (random(9, 128),) for op in ("silu_mul", "gelu_mul", "gelu_tanh_mul")},
     }
-    for op, (impl,) in gpu_ops().items():
+    for op, (impl,) in torch_ops().items():
         expected = OPS[op].reference(*arguments[op])
         found = impl(*(_there(device, argument) for argument in arguments[op]))
         tolerance = OPS[op].tolerance[dtype]

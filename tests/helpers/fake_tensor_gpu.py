@@ -8,7 +8,8 @@ beside `cpu` that every build of torch has.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trimaran.platforms import torch_accelerator, transfers
 from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.gpu_cards import Card, Survey
-from trimaran.platforms.interface import Device, Telemetry
+from trimaran.platforms.gpu_ops import torch_ops
+from trimaran.platforms.interface import (
+    AttentionImpl,
+    AttentionSpec,
+    Capabilities,
+    Device,
+    OpImpl,
+    Telemetry,
+)
 from trimaran.platforms.torch_accelerator import TorchAccelerator
 
 H100 = Card("GPU-0", "NVIDIA H100 80GB HBM3", 81559 << 20, "sm_90")
@@ -53,7 +62,17 @@ class NullAccelerator:
 
 
 class FakeTensorGpu(CudaPlatform):
-    """An H100 that computes nothing. Used under `fake_tensors`."""
+    """An H100 that computes nothing, by torch's ops alone: Triton's kernels want memory. Used under
+    `fake_tensors`."""
+
+    def capabilities(self, device: int = 0) -> Capabilities:
+        return dataclasses.replace(super().capabilities(device), compiles_steps=False)
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        return torch_ops()
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        return [impl for impl in super().attention(spec) if impl.name != "triton"]
 
     @classmethod
     def survey(cls) -> Survey:

@@ -1,5 +1,5 @@
 """Every portable Triton kernel against its op's reference: on a card where there is one, otherwise
-in Triton's interpreter (tests/conftest.py asks for it), where bfloat16 is rounded towards zero."""
+in Triton's interpreter (tests/conftest.py asks for it)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from helpers import interpreter  # noqa: E402
+
 from trimaran.kernels_cuda.portable import tuning  # noqa: E402
+
+if triton.knobs.runtime.interpret:
+    interpreter.mend()
 
 TABLES = Path(tuning.__file__).parents[1] / "tuning"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from trimaran.kernels_cuda.portable import gemm
@@ -48,6 +49,17 @@ def random_codes(*shape: int, dtype: torch.dtype) -> Tensor:
     if dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=dtype)
     return (torch.randn(shape) * 4).to(dtype)
+
+
+def skip_missing(dtype: torch.dtype, device: torch.device) -> None:
+    """CDNA 3 alone computes with floats that have one zero."""
+    if dtype == torch.float8_e4m3fnuz:
+        if device.type == "cpu" and triton.__version__.startswith("3.6."):
+            pytest.skip("not among the types of this interpreter")
+        if device.type == "cuda":
+            name = getattr(torch.cuda.get_device_properties(device), "gcnArchName", "")
+            if not name.startswith("gfx94"):
+                pytest.skip("not a float of this card")
 
 
 def expand(scales: Tensor, rows: int, columns: int) -> Tensor:
@@ -91,6 +103,7 @@ def test_eight_bits(
     device: torch.device,
     table: Table,
 ) -> None:
+    skip_missing(codes, device)
     tokens, size, out = shape
     x, weight = random_codes(tokens, size, dtype=codes), random_codes(out, size, dtype=codes)
     x_scales, scales = (random_scales(*(() if one_scale else (n,))) for n in (tokens, out))

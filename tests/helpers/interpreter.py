@@ -1,0 +1,75 @@
+"""Triton's interpreter, mended: it computes as a card does.
+
+As it comes (3.6 to 3.9) it rounds towards zero where a number loses digits, loses the carry where
+rounding up reaches a power of two, does not know some 8-bit floats, and multiplies the bits of
+matrices of bfloat16 as if they were integers. torch converts every one of these types rightly.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+TORCH = {
+    tl.float64: torch.float64,
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+}
+BITS = {8: (np.uint8, torch.uint8), 16: (np.uint16, torch.int16), 32: (np.uint32, torch.int32)}
+BITS[64] = (np.uint64, torch.int64)
+
+
+def convert(data: Any, given: Any, wanted: Any, rounding: Any) -> Any:
+    """The bits of `data`, of type `given`, as the bits of type `wanted`: the nearest, of two the
+    even one, as cards have it unless they are asked for something else."""
+    _, held = BITS[given.primitive_bitwidth]
+    out, as_bits = BITS[wanted.primitive_bitwidth]
+    bits = np.frombuffer(data.tobytes(), dtype=f"u{given.primitive_bitwidth // 8}").copy()
+    signed = bits.view(f"i{given.primitive_bitwidth // 8}") if held != torch.uint8 else bits
+    values = torch.from_numpy(signed).view(TORCH[given]).to(TORCH[wanted])
+    return values.view(as_bits).numpy().view(out).reshape(data.shape)
+
+
+@functools.cache
+def mend() -> None:
+    """For this process. What it replaces is named by the interpreter, not by its interface."""
+    interpreter._convert_float = convert
+    as_it_was = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        wide = [
+            interpreter.TensorHandle(
+                convert(one.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32
+            )
+            if one.dtype == tl.bfloat16
+            else one
+            for one in (a, b)
+        ]
+        return as_it_was(self, *wide, d, precision, imprecise)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    if triton.__version__.startswith("3.6."):
+        _let_one_number_be_an_index()
+
+
+def _let_one_number_be_an_index() -> None:
+    """Triton 3.6's interpreter asks int() of an array with one dimension, which numpy refuses since
+    2.4: `range` of a kernel's argument would fail."""
+    patch = interpreter._patch_lang_tensor
+
+    def patch_more(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_more
