@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..kernels_cuda.portable import activation, cache, norm
+from ..kernels_cuda.portable import activation, cache, norm, sampling
 from ..kernels_cuda.portable.tuning import Table
 from .interface import OpImpl, OpSignature, Support
 
@@ -42,6 +42,8 @@ LAUNCHES: dict[str, Callable[..., Any]] = {
     "gelu_tanh_mul": activation.gelu_tanh_mul,
     "add": activation.add,
     "rope": cache.rope,
+    "sample": sampling.argmax,
+    "draw": lambda logits, floats, ints, short, table: sampling.draw(logits, floats, ints, table),
 }
 """The ops whose launch takes exactly their arguments."""
 

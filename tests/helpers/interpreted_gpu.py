@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from helpers import interpreter
+
 from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.gpu_cards import Survey
 from trimaran.platforms.gpu_kernels import build_portable_step
@@ -23,6 +25,8 @@ from trimaran.platforms.interface import (
 )
 from trimaran.platforms.strict import StrictPlatform
 from trimaran.platforms.strict_device import StrictDevice
+
+interpreter.mend()
 
 REPLAYS: list[int] = []
 """An entry for each replay of a recording."""

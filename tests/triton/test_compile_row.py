@@ -32,7 +32,8 @@ def test_tables_name_the_same_kernels(path: Path) -> None:
     generic = tuning.load(ROOT / "kernels_cuda" / "tuning" / "generic.toml")
     table = tuning.load(path)
     assert table.architecture == path.stem
-    assert table.entries.keys() == generic.entries.keys()
+    wants_fp8 = {kernel for kernel in generic.entries if kernel.endswith("_blocks")}
+    assert table.entries.keys() == generic.entries.keys() - (set() if table.fp8 else wants_fp8)
     assert all(entry.source for entries in table.entries.values() for entry in entries)
 
 

@@ -16,7 +16,7 @@ from helpers.gpu_answers import fake_amdsmi, fake_pynvml
 from trimaran.core.models.registry import decoder_spec
 from trimaran.core.ops import OpBinder
 from trimaran.core.sizing import measure_groups
-from trimaran.platforms import accelerator_communicator, gpu_platform
+from trimaran.platforms import accelerator_communicator, gpu_ops, gpu_platform
 from trimaran.platforms.communicator import LocalCommunicator
 from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.gpu_cards import Card
@@ -226,14 +226,26 @@ def test_a_block_is_aligned_whatever_the_model(platform: GpuPlatform) -> None:
             assert impl.block_bytes(spec) % constraints.alignment == 0
 
 
-def test_every_op_is_bound_to_torchs_kernels() -> None:
-    binder = OpBinder(CudaPlatform())
-    for op in ("linear", "rms_norm", "rope", "silu_mul", "gelu_mul", "gelu_tanh_mul"):
-        binder.bind(op, torch.bfloat16)
-    binder.bind("add_rms_norm", torch.bfloat16)
-    chosen = {binding.op: binding.chosen for binding in binder.report()}
-    assert chosen["linear"] == chosen["rms_norm"] == chosen["rope"] == "torch"
-    assert chosen["add_rms_norm"] == "add + rms_norm"
+def test_ops_are_bound_to_portable_kernels_or_without_triton_to_torchs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def chosen() -> dict[str, str]:
+        binder = OpBinder(CudaPlatform())
+        for op in ("linear", "rms_norm", "rope", "silu_mul", "add_rms_norm"):
+            binder.bind(op, torch.bfloat16)
+        binder.attention(AttentionSpec(4, 2, 64, 0.125, torch.float16, torch.float16, 32))
+        return {binding.op: binding.chosen for binding in binder.report()}
+
+    found = chosen()
+    assert found.pop("linear") == "torch"
+    assert set(found.values()) == {"triton"}
+    for module in (gpu_ops, gpu_platform):
+        monkeypatch.setattr(module, "triton_missing", lambda: "there is no Triton")
+    found = chosen()
+    assert found.pop("add_rms_norm") == "add + rms_norm"
+    assert found.pop("add") == "reference"
+    assert set(found.values()) == {"torch"}
+    assert CudaPlatform().weight_packers() == {}
 
 
 # ---------------------------------------------------------------------------------------------
