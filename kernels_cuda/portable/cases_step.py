@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import activation, cache, sampling
+from . import activation, batch, cache, logits, lora, sampling
 from .case import Case, float8, integers, rand, short
 from .tuning import Table
 
@@ -102,6 +102,58 @@ def _draw(kernel: str, rows: int, vocab: int) -> Case:
     return Case(kernel, f"{rows}x{vocab}", call)
 
 
+def _penalties(rows: int, vocab: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        scores = rand(device, rows, vocab, dtype=torch.float32)
+        counts, tokens = integers(device, 3, rows, vocab), integers(device, vocab, rows, 4096)
+        places = torch.arange(rows, device=device).repeat(4, 1)
+        settings = torch.ones(rows, 3, device=device)
+        return lambda: logits.apply_penalties(scores, counts, tokens, places, settings, table)
+
+    return Case("penalties", f"{rows}x{vocab}", call)
+
+
+def _bitmask(rows: int, vocab: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        scores = rand(device, rows, vocab, dtype=torch.float32)
+        mask = integers(device, 2**31, rows, -(-vocab // 32))
+        index = torch.arange(rows, device=device)
+        return lambda: logits.apply_bitmask(scores, mask, table, index)
+
+    return Case("bitmask", f"{rows}x{vocab}", call)
+
+
+def _logprobs(rows: int, vocab: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        scores = rand(device, rows, vocab, dtype=torch.float32)
+        ids = integers(device, vocab, rows, dtype=torch.int64)
+        return lambda: logits.logprobs(scores, ids, table)
+
+    return Case("logprobs", f"{rows}x{vocab}", call)
+
+
+def _batch(seqs: int, tokens: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        rows, counts, computed = integers(device, 2, 3, seqs)
+        held = integers(device, 1000, seqs, 8192)
+        groups = [
+            batch.Group(integers(device, 1000, seqs, 8192 // size), size) for size in (16, 64)
+        ]
+        return lambda: batch.prepare(rows, counts, computed, held, groups, tokens, table)
+
+    return Case("batch", f"{seqs}: {tokens}", call)
+
+
+def _lora(kernel: str, tokens: int, rank: int, dtype: torch.dtype) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        x, y = rand(device, tokens, 4096, dtype=dtype), rand(device, tokens, 6144, dtype=dtype)
+        a, b = rand(device, 8, rank, 4096, dtype=dtype), rand(device, 8, 6144, rank, dtype=dtype)
+        index, scales = integers(device, 8, tokens), torch.ones(8, device=device)
+        return lambda: lora.add_lora(y, x, index, a, b, scales, table)
+
+    return Case(kernel, f"{tokens}x4096x{rank}x6144 {short(dtype)}", call)
+
+
 def step_cases() -> Iterator[Case]:
     for kind in ("silu", "gelu", "gelu_tanh"):
         yield _gated(kind, 256, 14336)
@@ -122,3 +174,13 @@ def step_cases() -> Iterator[Case]:
         yield _argmax(rows, 128256)
         yield _draw("draw", rows, 128256)
     yield _draw("draw_choose", 256, 262144)
+    yield _penalties(64, 128256)
+    yield _bitmask(64, 128256)
+    yield _logprobs(4, 128256)
+    yield _logprobs(256, 128256)
+    yield _batch(256, 4096)
+    for kernel in ("lora_shrink", "lora_expand"):
+        for tokens in (16, 4096):
+            yield _lora(kernel, tokens, 16, torch.bfloat16)
+            yield _lora(kernel, tokens, 128, torch.bfloat16)
+            yield _lora(kernel, tokens, 256, torch.bfloat16)

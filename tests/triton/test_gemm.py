@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from trimaran.kernels_cuda.portable import gemm
@@ -20,7 +21,7 @@ from trimaran.platforms.ops import OPS
 FP8 = torch.float8_e4m3fn
 # (tokens, in, out): both of a table's entries, whole tiles and parts of them, fewer inputs than a
 # step of the loop has, more rows than a band of tiles.
-SHAPES = [(1, 64, 64), (5, 200, 100), (33, 72, 130), (70, 256, 64), (32, 24, 17)]
+SHAPES = [(1, 64, 64), (5, 200, 100), (33, 72, 130), (70, 256, 64), (32, 24, 17), (530, 32, 70)]
 DTYPES = [torch.float16, torch.float32]
 
 
@@ -160,24 +161,41 @@ def test_int4(tokens: int, group: int, device: torch.device, table: Table) -> No
     close(found.cpu(), product(x, values, bias))
 
 
+@triton.jit
+def _subtract(code_ptr, zero_ptr, out_ptr, dtype: tl.constexpr):
+    row, column = tl.arange(0, 16), tl.arange(0, 16)
+    at = row[:, None] * 16 + column[None, :]
+    value = gemm._less_zero(tl.load(code_ptr + at), tl.load(zero_ptr + row), dtype, False)
+    tl.store(out_ptr + at, value.to(tl.float32))
+
+
+@pytest.mark.parametrize("dtype", [tl.float16, tl.bfloat16], ids=str)
+def test_every_int4_code_with_every_zero(dtype: tl.dtype, device: torch.device) -> None:
+    numbers = torch.arange(16, dtype=torch.uint8, device=device)
+    codes = numbers.expand(16, 16).contiguous()
+    found = torch.empty(16, 16, device=device)
+    _subtract[(1,)](codes, numbers, found, dtype)
+    assert found.equal(codes.float() - numbers[:, None])
+
+
 def test_int4_groups_are_checked() -> None:
     codes = torch.zeros(4, 96, dtype=torch.uint8)
     with pytest.raises(ValueError, match="2 groups of 96"):
         gemm.pack_int4(codes, torch.ones(4, 2), torch.ones(4, 2))
 
 
-@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("tokens", [5, 40])
 def test_what_is_no_number_stays_in_its_row(
     tokens: int, device: torch.device, table: Table
 ) -> None:
-    """Whatever stands beyond the tokens, too."""
+    """Although a step of the loop reaches into the next row; whatever is past the last, too."""
     x = torch.full((tokens + 1, 200), float("nan"), dtype=torch.float16, device=device)[:tokens]
     x.copy_(torch.randn(tokens, 200))
-    x[1, 199] = float("inf")
     x[2, 0] = float("nan")
+    x[3, 199] = float("inf")
     weight = torch.randn(50, 200, device=device).half()
     found = gemm.matmul(x, weight, None, table)
-    assert found.isfinite().all(1).nonzero().flatten().tolist() == [0, *range(3, tokens)]
+    assert found.isfinite().all(1).nonzero().flatten().tolist() == [0, 1, *range(4, tokens)]
     close(found, product(x, weight, None))
 
 
