@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels_cuda.portable import attention, cache
+from ..kernels_cuda.portable.paged import PagedCache
 from ..kernels_cuda.portable.tuning import Table
 from .attention_reference import quantize_vectors
 from .interface import (
@@ -85,9 +86,8 @@ class TritonAttention(AttentionImpl):
     def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Metadata:
         device = batch.block_tables.device
         both = torch.tensor([*batch.query_starts, *batch.seq_lens], dtype=torch.int32)
-        starts, lens = to_accelerator(both, device).split(
-            [len(batch.query_starts), len(batch.seq_lens)]
-        )
+        there = to_accelerator(both, device)
+        starts, lens = there[: len(batch.query_starts)], there[len(batch.query_starts) :]
         edges = zip(batch.query_starts, batch.query_starts[1:], strict=False)
         most = max(stop - start for start, stop in edges)
         longest = max(batch.seq_lens)
@@ -108,7 +108,7 @@ class TritonAttention(AttentionImpl):
         return Metadata(sequences, planned, slopes)
 
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
-        cache.write(key, value, cache.Cache(*kv.tensors), slots, self._table)
+        cache.write(key, value, paged(kv), slots, self._table)
 
     def rope_write(
         self,
@@ -121,11 +121,11 @@ class TritonAttention(AttentionImpl):
         norms: cache.HeadNorms | None,
     ) -> Tensor:
         """Norms, rotation and `write` in one launch; returns the query."""
-        kept = cache.Cache(*kv.tensors)
+        kept = paged(kv)
         return cache.rope_write(query, key, value, rotation, kept, slots, self._table, norms)
 
     def run(self, query: Tensor, kv: LayerKV, spec: AttentionSpec, metadata: Metadata) -> Tensor:
-        kept = attention.PagedCache(*kv.tensors)
+        kept = paged(kv)
         return attention.attend(query, kept, metadata.plan, slopes=metadata.slopes)
 
     def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
@@ -143,3 +143,11 @@ class TritonAttention(AttentionImpl):
         tensors = zip(kv.tensors, (half for part in parts for half in part), strict=True)
         for kept, half in tensors:
             kept.index_copy_(0, blocks, half.to(kept.dtype))
+
+
+def paged(kv: LayerKV) -> PagedCache:
+    """A layer's cache as the kernels take it."""
+    keys, values = kv.tensors[:2]
+    if len(kv.tensors) == 2:
+        return PagedCache(keys, values)
+    return PagedCache(keys, values, kv.tensors[2], kv.tensors[3])

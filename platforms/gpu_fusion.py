@@ -88,11 +88,11 @@ def _find(graph: StepGraph) -> list[_Found]:
         if _made_after(node.arguments[1], key.node):
             continue
         query_norm, key_norm = (_norm_before(graph, one, uses) for one in rope.arguments[:2])
-        both = query_norm is not None and key_norm is not None
-        if both and _eps(graph, query_norm) == _eps(graph, key_norm):
-            found.append(_Found(key.node, index, (query_norm, key_norm)))
-        else:
-            found.append(_Found(key.node, index, None))
+        norms = None
+        if query_norm is not None and key_norm is not None:
+            same = _eps(graph, query_norm) == _eps(graph, key_norm)
+            norms = (query_norm, key_norm) if same else None
+        found.append(_Found(key.node, index, norms))
     return found
 
 

@@ -27,6 +27,7 @@ from .attention_tile import (
     load_rows,
     oldest_key,
 )
+from .paged import PagedCache
 from .tuning import Table
 
 CHUNK = 256
@@ -67,17 +68,6 @@ class Sequences(NamedTuple):
     seq_lens: Tensor
     max_queries: int
     max_keys: int
-
-
-class PagedCache(NamedTuple):
-    """`key` and `value` `[blocks, kv_heads, block_size, head_dim]` with the same strides, all but
-    the first as if contiguous. A value of theirs is code * scale: one scale for all, or (int8) a
-    tensor of one for each vector, fp32 `[blocks, kv_heads, block_size]`."""
-
-    key: Tensor
-    value: Tensor
-    key_scale: Tensor | float = 1.0
-    value_scale: Tensor | float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,23 +251,15 @@ def attend(
     (Press et al. 2022, section 3), lowering scores by slope * distance after the softcap. `sinks`
     fp32 `[heads]`: logits that join the softmax without a value. Tokens of no sequence keep what
     their memory held."""
-    key, value, key_scale, value_scale = cache
     sequences = plan.sequences
-    score_scale, out_scale = plan.score_scale, 1.0
-    if isinstance(key_scale, float):
-        score_scale, key_scale, scale_stride = score_scale * key_scale, None, 0
-    else:
-        scale_stride = key_scale.stride(0)
-    if isinstance(value_scale, float):
-        out_scale, value_scale = value_scale, None
-    else:
-        out_scale = 1 / 128  # see `attend_keys`
+    # An int8 cache has scales of its vectors; a value's come in times 128, see `attend_keys`.
+    out_scale = cache.value_scale if cache.value_scales is None else 1 / 128
     arguments = Arguments(
         query,
-        key,
-        value,
-        key_scale,
-        value_scale,
+        cache.keys,
+        cache.values,
+        cache.key_scales,
+        cache.value_scales,
         query.new_empty(query.shape),
         sequences.block_tables,
         sequences.query_starts,
@@ -287,11 +269,15 @@ def attend(
         sequences.seq_lens.shape[0],
         query.stride(0),
         sequences.block_tables.stride(0),
-        score_scale,
+        plan.score_scale * cache.key_scale,
         plan.cap,
         out_scale,
     )
-    constants = plan.constants | {"BLOCK_STRIDE": key.stride(0), "SCALE_STRIDE": scale_stride}
+    scale_stride = 0 if cache.key_scales is None else cache.key_scales.stride(0)
+    constants = plan.constants | {
+        "BLOCK_STRIDE": cache.keys.stride(0),
+        "SCALE_STRIDE": scale_stride,
+    }
     splits, tiles = plan.splits, plan.tiles
     if tiles is not None:
         block_q = tiles["BLOCK_M"] // constants["GROUP"]

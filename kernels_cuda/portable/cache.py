@@ -22,20 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .paged import PagedCache
 from .quantize import LIMITS, encode
 from .tuning import Table
-
-
-class Cache(NamedTuple):
-    """One layer's cache. `key_scales`, `value_scales`: those of the vectors (int8 alone);
-    `key_scale`, `value_scale`: those of the whole (float8 alone)."""
-
-    keys: Tensor
-    values: Tensor
-    key_scales: Tensor | None = None
-    value_scales: Tensor | None = None
-    key_scale: float = 1.0
-    value_scale: float = 1.0
 
 
 class Rotation(NamedTuple):
@@ -260,7 +249,7 @@ def _rope(
                 )  # fmt: skip
 
 
-def write(key: Tensor, value: Tensor, cache: Cache, slots: Tensor, table: Table) -> None:
+def write(key: Tensor, value: Tensor, cache: PagedCache, slots: Tensor, table: Table) -> None:
     """key, value `[tokens, kv_heads, head_dim]` into the cache at `slots`."""
     tokens, kv_heads, dim = key.shape
     values = _values("cache_write", table, tokens, kv_heads, dim)
@@ -295,7 +284,7 @@ def rope_write(
     key: Tensor,
     value: Tensor,
     rotation: Rotation,
-    cache: Cache,
+    cache: PagedCache,
     slots: Tensor,
     table: Table,
     norms: HeadNorms | None = None,
@@ -317,7 +306,7 @@ def _launch(
     key_out: Tensor | None,
     rotation: Rotation,
     norms: HeadNorms | None,
-    cache: Cache | None,
+    cache: PagedCache | None,
     slots: Tensor | None,
     table: Table,
 ) -> None:
@@ -353,10 +342,10 @@ def _launch(
     )
 
 
-def _of_cache(cache: Cache | None) -> dict[str, Any]:
+def _of_cache(cache: PagedCache | None) -> dict[str, Any]:
     """The kernels' arguments that tell where a cache is and what it keeps."""
     if cache is None:
-        cache = Cache(None, None)  # type: ignore[arg-type]
+        cache = PagedCache(None, None)  # type: ignore[arg-type]
     strides = [0 if tensor is None else tensor.stride(0) for tensor in cache[:4]]
     codes = None if cache.keys is None else cache.keys.dtype
     return {

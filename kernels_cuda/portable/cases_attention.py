@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import attention
+from .paged import PagedCache
 from .tuning import Table
 
 BLOCKS = 512
@@ -49,10 +50,10 @@ def attention_call(
             torch.empty(kept, dtype=torch.float32, device=device).normal_().to(layer.kv_dtype)
             for _ in "kv"
         ]
-        cache = attention.PagedCache(*both)
+        cache = PagedCache(both[0], both[1])
         if layer.kv_dtype == torch.int8:
             scales = torch.full(kept[:-1], 0.02, device=device)
-            cache = cache._replace(key_scale=scales, value_scale=scales)
+            cache = cache._replace(key_scales=scales, value_scales=scales)
         starts = torch.tensor([0, *queries], device=device).cumsum(0).int()
         sequences = attention.Sequences(
             torch.randint(

@@ -9,6 +9,7 @@ import torch
 
 from . import activation, batch, cache, logits, lora, sampling
 from .case import Case, float8, integers, rand, short
+from .paged import PagedCache
 from .tuning import Table
 
 Launch = Callable[[], Any]
@@ -45,10 +46,10 @@ def _add(tokens: int, size: int) -> Case:
     return Case("add", f"{tokens}x{size}", call)
 
 
-def _cache(device: torch.device, kv_heads: int, dim: int, dtype: torch.dtype) -> cache.Cache:
+def _cache(device: torch.device, kv_heads: int, dim: int, dtype: torch.dtype) -> PagedCache:
     shape = (1024, kv_heads, 16, dim)
     scales = torch.empty(2, *shape[:-1], device=device) if dtype == torch.int8 else ()
-    return cache.Cache(*torch.empty(2, *shape, dtype=dtype, device=device), *scales)
+    return PagedCache(*torch.empty(2, *shape, dtype=dtype, device=device), *scales)
 
 
 def _rope(heads: int, kv_heads: int, dim: int, rotary: int) -> Case:

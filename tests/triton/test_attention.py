@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from trimaran.kernels_cuda.portable import attention, attention_split
-from trimaran.kernels_cuda.portable.attention import PagedCache, Sequences
+from trimaran.kernels_cuda.portable.attention import Sequences
+from trimaran.kernels_cuda.portable.paged import PagedCache
 from trimaran.kernels_cuda.portable.tuning import Table
 from trimaran.platforms.attention_reference import attend, quantize_vectors
 from trimaran.platforms.compute import AttentionSpec
@@ -131,10 +132,10 @@ def make_step(
     lens = torch.tensor([keys for _, keys in shape], dtype=torch.int32)
     most = [max(pair[side] for pair in shape) for side in range(2)]
     sequences = Sequences(tables.to(device), starts.to(device), lens.to(device), *most)
-    cache = PagedCache(*(one.to(device) for one in kept), *scales)
+    cache = PagedCache(*(one.to(device) for one in kept), None, None, *scales)
     if spec.kv_dtype == torch.int8:
         cache = cache._replace(
-            key_scale=vector_scales[0].to(device), value_scale=vector_scales[1].to(device)
+            key_scales=vector_scales[0].to(device), value_scales=vector_scales[1].to(device)
         )
     wide = torch.randn(tokens, spec.num_heads + 2, spec.head_dim, device=device).to(spec.dtype)
     return Step(wide[:, 1:-1], cache, sequences, found, shape)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trimaran.kernels_cuda.portable import cache
-from trimaran.kernels_cuda.portable.cache import Cache, HeadNorms, Rotation
+from trimaran.kernels_cuda.portable.cache import HeadNorms, PagedCache, Rotation
 from trimaran.kernels_cuda.portable.tuning import Table
 from trimaran.platforms.attention_reference import quantize_vectors
 from trimaran.platforms.ops import OPS, rms_norm, rope
@@ -32,18 +32,18 @@ def qkv(
     return whole.split((heads, kv_heads, kv_heads), dim=1)
 
 
-def empty(device: torch.device, kv_heads: int, dim: int, dtype: torch.dtype) -> Cache:
+def empty(device: torch.device, kv_heads: int, dim: int, dtype: torch.dtype) -> PagedCache:
     """Of a value that no test writes; a block of keys and one of values alternate."""
     whole = torch.full((BLOCKS, 2, kv_heads, SIZE, dim), 3, device=device).to(dtype)
     scales = torch.full((BLOCKS, 2, kv_heads, SIZE), 3.0, device=device).unbind(1)
-    return Cache(*whole.unbind(1), *(scales if dtype == torch.int8 else ()))
+    return PagedCache(*whole.unbind(1), *(scales if dtype == torch.int8 else ()))
 
 
 def slots_of(device: torch.device, tokens: int) -> Tensor:
     return torch.randperm(BLOCKS * SIZE, device=device)[:tokens]
 
 
-def written(found: Cache, slots: Tensor) -> list[Tensor]:
+def written(found: PagedCache, slots: Tensor) -> list[Tensor]:
     """What each tensor holds at the slots, `[tokens, kv_heads, ...]`; all else is untouched."""
     parts = []
     for tensor in found[:4]:
