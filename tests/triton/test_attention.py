@@ -305,7 +305,7 @@ def test_what_is_no_number_stays_with_who_sees_it(device: torch.device, table: T
     spec = spec_of()
     step = make_step(((4, 20), (1, 200), (1, 300)), spec, device)
     block = step.sequences.block_tables[1, 3].item()
-    step.cache.value[block, 1, 5] = float("nan")
+    step.cache.values[block, 1, 5] = float("nan")
     found = attention.attend(step.query, step.cache, attention.plan(spec, step.sequences, table))
     bad = found.isnan().any(dim=-1)  # [tokens, heads]
     assert bad[4].tolist() == [False, False, True, True]
