@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import activation, batch, cache, logits, lora, sampling
+from . import activation, batch, cache, logits, lora, mla, sampling
 from .case import Case, float8, integers, rand, short
 from .paged import PagedCache
 from .tuning import Table
@@ -155,6 +155,17 @@ def _lora(kernel: str, tokens: int, rank: int, dtype: torch.dtype) -> Case:
     return Case(kernel, f"{tokens}x4096x{rank}x6144 {short(dtype)}", call)
 
 
+def _mla(tokens: int, heads: int) -> Case:
+    def call(device: torch.device, table: Table) -> Launch:
+        query = rand(device, tokens, heads, mla.LATENT + mla.ROTARY)
+        cache = rand(device, 1024, 64, mla.LATENT + mla.ROTARY)
+        tables = integers(device, 1024, tokens, 64)
+        lengths = torch.full((tokens,), 4096, dtype=torch.int32, device=device)
+        return lambda: mla.mla_decode(query, cache, tables, lengths, 0.1, table)
+
+    return Case("mla", f"{tokens}x{heads}", call)
+
+
 def step_cases() -> Iterator[Case]:
     for kind in ("silu", "gelu", "gelu_tanh"):
         yield _gated(kind, 256, 14336)
@@ -185,3 +196,6 @@ def step_cases() -> Iterator[Case]:
             yield _lora(kernel, tokens, 16, torch.bfloat16)
             yield _lora(kernel, tokens, 128, torch.bfloat16)
             yield _lora(kernel, tokens, 256, torch.bfloat16)
+    for tokens in (4, 256):
+        yield _mla(tokens, 16)
+        yield _mla(tokens, 128)
