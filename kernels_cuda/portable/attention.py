@@ -49,6 +49,8 @@ class Spec(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     @property
+    def kv_dtype(self) -> torch.dtype: ...
+    @property
     def block_size(self) -> int: ...
     @property
     def causal(self) -> bool: ...
@@ -204,7 +206,11 @@ def plan(spec: Spec, sequences: Sequences, table: Table) -> Plan:
     kv_heads, head_dim = spec.num_kv_heads, spec.head_dim
     group = spec.num_heads // kv_heads
     window = (spec.sliding_window or 0) if spec.causal else 0
-    sizes = {"head_dim": head_dim, "bytes": spec.dtype.itemsize}
+    sizes = {
+        "head_dim": head_dim,
+        "bytes": spec.dtype.itemsize,
+        "kv_bytes": spec.kv_dtype.itemsize,
+    }
     splits = plan_splits(
         sequences.query_starts,
         sequences.seq_lens,
@@ -213,7 +219,8 @@ def plan(spec: Spec, sequences: Sequences, table: Table) -> Plan:
         kv_heads,
         group,
         window,
-        table.pick("attend_splits", **sizes),
+        table,
+        sizes,
     )
     tiles = None
     if splits is None or splits.queries < sequences.max_queries:

@@ -26,6 +26,7 @@ from .attention_tile import (
     load_rows,
     oldest_key,
 )
+from .tuning import Table
 
 ROWS = 64
 """Most queries x heads of a KV head that a batch of only such sequences is split with; the tile of
@@ -259,17 +260,18 @@ def plan_splits(
     kv_heads: int,
     group: int,
     window: int,
-    values: dict[str, Any],
+    table: Table,
+    sizes: dict[str, int],
 ) -> Splits | None:
-    """How to split a step's sequences by `values`, an entry of [[attend_splits]]; None: none is
-    worth it. Of a batch with long prompts the sequences that fit the smallest tile are split."""
-    values = dict(values)
-    programs, min_tiles = values.pop("PROGRAMS"), values.pop("MIN_TILES")
-    merge = values.pop("SPLITS")
+    """How to split a step's sequences; None: none is worth it. Of a batch with long prompts the
+    sequences that fit the smallest tile are split. `sizes`: what else the table asks for."""
     seqs = seq_lens.shape[0]
     queries = max_queries
     if max_queries > 1 and max_queries * group > ROWS:
         queries = max(1, 16 // group)
+    values = table.pick("attend_splits", rows=queries * group, **sizes)
+    programs, min_tiles = values.pop("PROGRAMS"), values.pop("MIN_TILES")
+    merge = values.pop("SPLITS")
     seen = min(max_keys, window + queries) if window else max_keys
     if seen <= min_tiles * values["BLOCK_N"] or (queries < max_queries and seqs == 1):
         return None

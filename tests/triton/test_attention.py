@@ -27,7 +27,7 @@ DECODE = ((1, 1), (1, 130), (1, 415), (1, 64), (1, 257))
 def table(table: Table) -> Table:
     """Few programs, so that the interpreter has few to run, and splits of a few tiles."""
     table = change(table, "attend_tiles", BLOCK_M=32, BLOCK_N=32)
-    return change(table, "attend_splits", BLOCK_N=32, PROGRAMS=24, MIN_TILES=3)
+    return change(table, "attend_splits", BLOCK_N=32, PROGRAMS=12, MIN_TILES=3)
 
 
 def spec_of(heads: int = 4, kv_heads: int = 2, head_dim: int = 64, **more: Any) -> AttentionSpec:
