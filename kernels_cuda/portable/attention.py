@@ -115,7 +115,6 @@ def _attend_tiles(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -143,8 +142,6 @@ def _attend_tiles(
     token = start + tl.minimum(query_row, queries - 1)  # rows of no query read the last one's
     token_head = token.to(tl.int64) * query_stride + head * HEAD_DIM
     query = load_rows(query_ptr, token_head, HEAD_DIM, D)
-    if WIDE:
-        query = query.to(tl.float32)
     slope = None
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + head) * LOG2E
@@ -238,8 +235,6 @@ def plan(spec: Spec, sequences: Sequences, table: Table) -> Plan:
         "CAUSAL": spec.causal,
         "WINDOW": window,
         "CAPPED": spec.softcap > 0,
-        # Triton's interpreter does not multiply matrices of bfloat16.
-        "WIDE": triton.knobs.runtime.interpret and spec.dtype == torch.bfloat16,
         "CHUNK": CHUNK,
     }
     return Plan(sequences, constants, scale, spec.softcap * LOG2E.value, tiles, splits)

@@ -122,7 +122,6 @@ def _attend_splits(
     CAUSAL: tl.constexpr,
     WINDOW: tl.constexpr,
     CAPPED: tl.constexpr,
-    WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -147,8 +146,6 @@ def _attend_splits(
     token = start + tl.minimum(row // GROUP, queries - 1)  # rows of no query read the last one's
     token_head = token.to(tl.int64) * query_stride + head * HEAD_DIM
     query = load_rows(query_ptr, token_head, HEAD_DIM, D)
-    if WIDE:
-        query = query.to(tl.float32)
     slope = None
     if slope_ptr is not None:
         slope = tl.load(slope_ptr + head) * LOG2E
