@@ -4,11 +4,17 @@ tiny models, fp32, through scheduler, runner and sampler."""
 from __future__ import annotations
 
 import random
+from collections import Counter
+from types import ModuleType
+from typing import Any
 
 import pytest
 from helpers.engine_loop import Loop, greedy, open_loop
 from helpers.generate_reference import Case, greedy_cases
 from helpers.interpreted_gpu import REPLAYS
+
+from trimaran.kernels_cuda.portable import cache
+from trimaran.platforms import gpu_step
 
 NUM_TOKENS = 10
 GPU = "helpers.interpreted_gpu:InterpretedGpu"
@@ -48,3 +54,29 @@ def test_a_prefix_from_the_cache() -> None:
     with open_loop("qwen3", platform=GPU, max_num_batched_tokens=64) as loop:
         check(loop, few_cases("qwen3"))
         check(loop, few_cases("qwen3"))
+
+
+def test_one_launch_for_norms_rotation_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And recordings whose tables become too narrow are made anew."""
+    launches: Counter[str] = Counter()
+
+    def counted(module: ModuleType, name: str) -> None:
+        launch = getattr(module, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            launches[name] += 1
+            return launch(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("write", "rope", "rope_write"):
+        counted(cache, name)
+    monkeypatch.setattr(gpu_step, "FIRST_WIDTH", 1)
+    REPLAYS.clear()
+    case = next(c for c in greedy_cases("qwen3", 64, 24) if len(c.prompt) == 31)
+    with open_loop("qwen3", platform=GPU, enable_prefix_caching=False) as loop:
+        check(loop, (case,))
+    layers, steps = 3, NUM_TOKENS
+    assert launches["rope_write"] >= layers * steps
+    assert launches["write"] < layers  # the two traces compute one layer's
+    assert len(REPLAYS) >= NUM_TOKENS - 5  # one that runs, one that is recorded, for each width
