@@ -148,9 +148,9 @@ def check_special(subject: Subject, impl: OpImpl, dtype: torch.dtype) -> None:
 
 
 def dense_packer(platform: Platform, impl: OpImpl) -> WeightPacker:
-    """Who packs for `impl`: the reference, where the platform has none of its own, reads plain
-    weights."""
-    if isinstance(impl, ReferenceOp):
+    """Who packs for `impl`, as in an engine: the platform; but the reference that stands in where
+    the platform has no implementation of its own reads plain weights."""
+    if isinstance(impl, ReferenceOp) and not platform.ops().get(impl.op):
         return DensePacker()
     return platform.weight_packers().get(DENSE, DensePacker())
 
