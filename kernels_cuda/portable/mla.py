@@ -23,6 +23,28 @@ _LOWEST = tl.constexpr(-1.0e30)
 """Stands for "no score yet": its difference to itself is 0 and not NaN."""
 
 
+@triton.jit
+def _add_products(
+    scores,
+    query_at,
+    key_at,
+    held,
+    inside,
+    LATENT: tl.constexpr,
+    WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Scores `[heads, keys]` + the products of queries and keys, CHUNK channels at a time."""
+    for first in range(0, LATENT, CHUNK):  # unrolled, all the query's loads would be hoisted
+        channel = (first + tl.arange(0, CHUNK))[None, :]
+        query = tl.load(query_at + channel, mask=held, other=0.0)
+        key = tl.load(key_at + channel, mask=inside[:, None], other=0.0)
+        if WIDE:
+            query, key = query.to(tl.float32), key.to(tl.float32)
+        scores = tl.dot(query, tl.trans(key), scores, input_precision="ieee")
+    return scores
+
+
 @triton.jit(do_not_specialize=["tables_stride"])
 def _attend(
     query_ptr,
@@ -43,25 +65,37 @@ def _attend(
     WIDE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    OUT: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    token, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
+    """CHUNK: how many channels of the queries are held at a time; all of them: they are loaded
+    once; fewer (where the registers hold no more): they come from the cache for every tile. OUT:
+    how many channels of the result a program computes; if not all, then others repeat its scores.
+    """
+    tl.static_assert((CHUNK < LATENT) | (OUT == LATENT), "what is split is scored in chunks")
+    parts: tl.constexpr = LATENT // OUT
+    token = tl.program_id(0).to(tl.int64)
+    split, part = tl.program_id(2) // parts, tl.program_id(2) % parts
     length = tl.load(lengths_ptr + token)
     sequence = token
     if sequences_ptr is not None:
         sequence = tl.load(sequences_ptr + token).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    latent, rotary = tl.arange(0, LATENT), LATENT + tl.arange(0, ROTARY)
+    latent, rotary = part * OUT + tl.arange(0, OUT), LATENT + tl.arange(0, ROTARY)
     at = query_ptr + token * query_stride + head[:, None] * (LATENT + ROTARY)
     held = (head < NUM_HEADS)[:, None]
-    query = tl.load(at + latent[None, :], mask=held, other=0.0)
     query_rotary = tl.load(at + rotary[None, :], mask=held, other=0.0)
     if WIDE:
-        query, query_rotary = query.to(tl.float32), query_rotary.to(tl.float32)
+        query_rotary = query_rotary.to(tl.float32)
+    if CHUNK == LATENT:
+        query = tl.load(at + latent[None, :], mask=held, other=0.0)
+        if WIDE:
+            query = query.to(tl.float32)
     tiles = tl.cdiv(length, BLOCK)
     most = tl.full([HEADS], _LOWEST, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    found = tl.zeros([HEADS, LATENT], tl.float32)
+    found = tl.zeros([HEADS, OUT], tl.float32)
     for tile in range(tiles * split // SPLITS, tiles * (split + 1) // SPLITS):
         key = tile * BLOCK + tl.arange(0, BLOCK)
         inside = key < length
@@ -74,8 +108,12 @@ def _attend(
         turned = tl.load(row[:, None] + rotary[None, :], mask=inside[:, None], other=0.0)
         if WIDE:
             vector, turned = vector.to(tl.float32), turned.to(tl.float32)
-        scores = tl.dot(query, tl.trans(vector), input_precision="ieee")
-        scores = tl.dot(query_rotary, tl.trans(turned), scores, input_precision="ieee") * scale
+        scores = tl.dot(query_rotary, tl.trans(turned), input_precision="ieee")
+        if CHUNK == LATENT:
+            scores = tl.dot(query, tl.trans(vector), scores, input_precision="ieee")
+        else:
+            scores = _add_products(scores, at, row[:, None], held, inside, LATENT, WIDE, CHUNK)
+        scores *= scale
         scores = tl.where(inside[None, :], scores, _LOWEST)
         higher = tl.maximum(most, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
@@ -139,7 +177,7 @@ def mla_decode(
     splits = values["SPLITS"]
     partial = query.new_empty(tokens, splits, heads, LATENT, dtype=torch.float32)
     state = query.new_empty(tokens, splits, heads, 2, dtype=torch.float32)
-    _attend[(tokens, triton.cdiv(heads, values["HEADS"]), splits)](
+    _attend[(tokens, triton.cdiv(heads, values["HEADS"]), splits * (LATENT // values["OUT"]))](
         query, cache, block_tables, sequences, lengths, partial, state, scale * _LOG2E,
         query.stride(0), cache.stride(0), block_tables.stride(0),
         NUM_HEADS=heads, BLOCK_SIZE=cache.shape[1], LATENT=LATENT, ROTARY=ROTARY,

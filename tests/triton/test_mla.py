@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from trimaran.kernels_cuda.portable.mla import LATENT, ROTARY, mla_decode
-from trimaran.kernels_cuda.portable.tuning import Table
+from trimaran.kernels_cuda.portable.tuning import Entry, Table
 
 SCALE = (128 + 64) ** -0.5
 SIZE = 16
@@ -53,6 +55,15 @@ def test_decode(
     torch.testing.assert_close(
         found.float(), reference(query, cache, tables, seen), rtol=tolerance, atol=tolerance
     )
+
+
+def test_queries_held_at_once(device: torch.device, table: Table) -> None:
+    values = {"HEADS": 16, "BLOCK": 16, "CHUNK": LATENT, "OUT": LATENT, "SPLITS": 2}
+    own = dataclasses.replace(table, entries={"mla": (Entry({}, values, "a test's"),)})
+    query, cache, tables, seen = tensors(device, [50, 17], 16, torch.float32)
+    found = mla_decode(query, cache, tables, seen, SCALE, own)
+    expected = reference(query, cache, tables, seen)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_several_queries_of_a_sequence(device: torch.device, table: Table) -> None:
