@@ -31,7 +31,6 @@ def _add_products(
     held,
     inside,
     LATENT: tl.constexpr,
-    WIDE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Scores `[heads, keys]` + the products of queries and keys, CHUNK channels at a time."""
@@ -62,7 +61,6 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     LATENT: tl.constexpr,
     ROTARY: tl.constexpr,
-    WIDE: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -106,8 +104,6 @@ def _attend(
         row += key % BLOCK_SIZE * (LATENT + ROTARY)
         vector = tl.load(row[:, None] + latent[None, :], mask=inside[:, None], other=0.0)
         turned = tl.load(row[:, None] + rotary[None, :], mask=inside[:, None], other=0.0)
-        if WIDE:
-            vector, turned = vector.to(tl.float32), turned.to(tl.float32)
         scores = tl.dot(query_rotary, tl.trans(turned), input_precision="ieee")
         if CHUNK == LATENT:
             scores = tl.dot(query, tl.trans(vector), scores, input_precision="ieee")
@@ -181,8 +177,6 @@ def mla_decode(
         query, cache, block_tables, sequences, lengths, partial, state, scale * _LOG2E,
         query.stride(0), cache.stride(0), block_tables.stride(0),
         NUM_HEADS=heads, BLOCK_SIZE=cache.shape[1], LATENT=LATENT, ROTARY=ROTARY,
-        # Triton's interpreter does not multiply matrices of bfloat16.
-        WIDE=triton.knobs.runtime.interpret and query.dtype == torch.bfloat16,
         **values,
     )  # fmt: skip
     _merge[(tokens, heads)](
