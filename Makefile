@@ -38,7 +38,11 @@ $(STAMP): pyproject.toml setup.py $(PINS) kernels_cpu/build.py $(wildcard kernel
 	@$(PIP) install -c $(PINS) setuptools $(QUIET)
 	@echo "[4/4] trimaran with its server and development tools"
 	@$(PIP) install -c $(PINS) --no-build-isolation -e '.[server,dev]' $(QUIET)
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) install --no-deps triton==$(TRITON) $(QUIET)
 	@touch $@
+
+# Which Triton compiles and interprets the kernels for GPUs, where torch has brought none.
+TRITON := 3.9.0
 
 # One line a package is enough where nobody watches.
 QUIET := $(if $(CI),--progress-bar off,)

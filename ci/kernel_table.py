@@ -4,7 +4,7 @@
     python ci/kernel_table.py --check    from the reports that the compile rows left; exit status 1
                                          where the table says something else
 
-Registers and shared memory are those of the Triton that ci/requirements-dev.txt names.
+Registers and shared memory are those of the Triton that the Makefile names.
 """
 
 from __future__ import annotations

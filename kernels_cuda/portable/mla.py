@@ -38,8 +38,6 @@ def _add_products(
         channel = (first + tl.arange(0, CHUNK))[None, :]
         query = tl.load(query_at + channel, mask=held, other=0.0)
         key = tl.load(key_at + channel, mask=inside[:, None], other=0.0)
-        if WIDE:
-            query, key = query.to(tl.float32), key.to(tl.float32)
         scores = tl.dot(query, tl.trans(key), scores, input_precision="ieee")
     return scores
 
@@ -84,12 +82,8 @@ def _attend(
     at = query_ptr + token * query_stride + head[:, None] * (LATENT + ROTARY)
     held = (head < NUM_HEADS)[:, None]
     query_rotary = tl.load(at + rotary[None, :], mask=held, other=0.0)
-    if WIDE:
-        query_rotary = query_rotary.to(tl.float32)
     if CHUNK == LATENT:
         query = tl.load(at + latent[None, :], mask=held, other=0.0)
-        if WIDE:
-            query = query.to(tl.float32)
     tiles = tl.cdiv(length, BLOCK)
     most = tl.full([HEADS], _LOWEST, tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -108,7 +102,7 @@ def _attend(
         if CHUNK == LATENT:
             scores = tl.dot(query, tl.trans(vector), scores, input_precision="ieee")
         else:
-            scores = _add_products(scores, at, row[:, None], held, inside, LATENT, WIDE, CHUNK)
+            scores = _add_products(scores, at, row[:, None], held, inside, LATENT, CHUNK)
         scores *= scale
         scores = tl.where(inside[None, :], scores, _LOWEST)
         higher = tl.maximum(most, tl.max(scores, axis=1))
