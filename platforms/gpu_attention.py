@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,12 +32,21 @@ MAX_GROUP = 64
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Metadata(NamedTuple):
-    """A step's sequences on the device, how its layers are launched, and ALiBi's slopes."""
+@dataclass(slots=True)
+class Metadata:
+    """A step's sequences on the device, and ALiBi's slopes. How its layers are launched is decided
+    when the first of them is: a step that is replayed needs no decision."""
 
     sequences: attention.Sequences
-    plan: attention.Plan
     slopes: Tensor | None
+    decide: Callable[[], attention.Plan]
+    decided: attention.Plan | None = None
+
+    @property
+    def plan(self) -> attention.Plan:
+        if self.decided is None:
+            self.decided = self.decide()
+        return self.decided
 
 
 class TritonAttention(AttentionImpl):
@@ -97,7 +108,6 @@ class TritonAttention(AttentionImpl):
 
     def plan_on_device(self, spec: AttentionSpec, sequences: attention.Sequences) -> Metadata:
         """As `plan`, of sequences that are on the device already; waits for nothing there."""
-        planned = attention.plan(spec, sequences, self._table)
         slopes = None
         if spec.alibi_slopes:
             device = sequences.block_tables.device
@@ -105,7 +115,8 @@ class TritonAttention(AttentionImpl):
             if slopes is None:
                 slopes = to_accelerator(torch.tensor(spec.alibi_slopes), device)
                 self._slopes[spec.alibi_slopes, device] = slopes
-        return Metadata(sequences, planned, slopes)
+        decide = functools.partial(attention.plan, spec, sequences, self._table)
+        return Metadata(sequences, slopes, decide)
 
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:
         cache.write(key, value, paged(kv), slots, self._table)

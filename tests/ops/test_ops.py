@@ -24,7 +24,13 @@ TOKENS = [1, 3, 33]
 
 def implementations() -> list[Any]:
     return [
-        pytest.param(platform, impl, id=f"{platform.name}-{impl.op}-{impl.name}")
+        pytest.param(
+            platform,
+            impl,
+            id=f"{platform.name}-{impl.op}-{impl.name}",
+            # Whole vocabularies are minutes in Triton's interpreter; tests/triton has small ones.
+            marks=[pytest.mark.slow] if (impl.op, impl.name) == ("draw", "triton") else [],
+        )
         for platform in PLATFORMS
         for impls in platform().ops().values()
         for impl in impls
