@@ -80,6 +80,16 @@ def load_rows(ptr, at, HEAD_DIM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def decode(codes, dtype: tl.constexpr):
+    """Cached codes as numbers of `dtype`. An int8 has no more bits than bfloat16 keeps: the upper
+    half of its fp32 is exact, and takes none of the steps of rounding."""
+    if codes.dtype == tl.int8 and dtype == tl.bfloat16:
+        upper = codes.to(tl.float32).to(tl.int32, bitcast=True) >> 16
+        return upper.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return codes.to(dtype)
+
+
+@triton.jit
 def empty_state(sink_ptr, head, has_sink, BLOCK_M: tl.constexpr, D: tl.constexpr):
     """(weighted sum of values, largest score, sum of weights) before the first key. A sink is a
     score without a value: it counts in the sum of weights alone (gpt-oss, 2025), of the rows that
@@ -147,7 +157,7 @@ def attend_keys(
         block = tl.load(table_ptr + read // BLOCK_SIZE).to(tl.int64)
         key = load_rows(key_ptr, offset, HEAD_DIM, D)
         value = load_rows(value_ptr, offset, HEAD_DIM, D)
-        scores = tl.dot(query, tl.trans(key.to(dtype)), input_precision="ieee") * score_scale
+        scores = tl.dot(query, tl.trans(decode(key, dtype)), input_precision="ieee") * score_scale
         if key_scale_ptr is not None:
             scores *= tl.load(key_scale_ptr + beside)[None, :]
         if CAPPED:
@@ -173,5 +183,5 @@ def attend_keys(
             scale = tl.load(value_scale_ptr + beside) * 128.0
             weights *= scale[None, :]
         acc = acc * fade[:, None]
-        acc = tl.dot(weights.to(dtype), value.to(dtype), acc, input_precision="ieee")
+        acc = tl.dot(weights.to(dtype), decode(value, dtype), acc, input_precision="ieee")
     return acc, most, total
