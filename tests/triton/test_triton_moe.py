@@ -13,9 +13,9 @@ from trimaran.platforms import ops
 from trimaran.platforms.interface import PackedWeight
 
 FP8 = torch.float8_e4m3fn
-DTYPES = [torch.float16, torch.float32]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # (tokens, experts, top_k, hidden, width)
-SIZES = [(1, 4, 2, 64, 32), (5, 7, 1, 40, 50), (33, 6, 3, 72, 70), (90, 3, 3, 32, 64)]
+SIZES = [(1, 4, 2, 64, 32), (5, 7, 1, 40, 50), (33, 6, 3, 40, 70), (90, 3, 3, 32, 64)]
 
 
 def dense(weight: Tensor) -> PackedWeight:
@@ -79,7 +79,7 @@ def test_what_is_no_number_stays_in_its_token(device: torch.device, table: Table
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 8, 2), (9, 60, 4), (3, 256, 8), (5, 3, 3)], ids=str)
 def test_routing(
     shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, table: Table
@@ -87,7 +87,6 @@ def test_routing(
     """Many scores are equal: of those the first is taken."""
     tokens, experts, top_k = shape
     scores = (torch.randn(tokens, experts) * 2).round().to(device, dtype)
-    scores[-1, 0] = -0.0
     chosen, shares = moe.route(scores, top_k, False, torch.float32, table)
     expected = scores.float().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     assert chosen.long().equal(expected)
@@ -97,10 +96,11 @@ def test_routing(
     torch.testing.assert_close(shares, softmax / softmax.sum(-1, keepdim=True))
 
 
-def test_routing_of_scores_that_are_not_finite(device: torch.device, table: Table) -> None:
+def test_routing_of_odd_scores(device: torch.device, table: Table) -> None:
     """Every token has as many experts as it takes, each once, and those of the reference."""
     low, nan, high = float("-inf"), float("nan"), float("inf")
     rows = [[low] * 5, [low, 1.0, low, low, low], [0.0, nan, 3.0, high, -nan], [high] * 5]
+    rows.append([-1.0, -0.0, 0.0, -0.0, -1.0])
     scores = torch.tensor(rows, device=device)
     chosen, shares = moe.route(scores, 3, False, torch.float32, table)
     expected = scores.sort(dim=-1, descending=True, stable=True).indices[:, :3]
@@ -108,7 +108,7 @@ def test_routing_of_scores_that_are_not_finite(device: torch.device, table: Tabl
     torch.testing.assert_close(shares, scores.softmax(-1).gather(1, expected), equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 4), (3, 2, 5), (200, 8, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 4), (3, 2, 5), (100, 8, 16), (300, 8, 16)], ids=str)
 def test_sorting(shape: tuple[int, int, int], device: torch.device, table: Table) -> None:
     """Each expert's pairs are in their order; also over more than one turn of the loop."""
     tokens, top_k, experts = shape
@@ -148,9 +148,8 @@ def test_experts_in_eight_bits(
     (coded, gate_up), (coded_down, down) = quantized(gate_up, dtype), quantized(down, dtype)
     found = moe.moe(x, scores, coded, coded_down, 2, True, table)
     off = (found - reference(x, scores, gate_up, down, 2)).square().mean().sqrt()
-    # Activations are rounded twice: 8 bits to half of 1/127 of the largest, fp8 to 1/16 of each
-    # (in the interpreter to 1/8, and where it loses a carry to 1/2).
-    most = 0.02 if dtype == torch.int8 else 0.06 if device.type == "cuda" else 0.2
+    # Activations are rounded twice: int8 to half of 1/127 of the largest, fp8 to 1/16 of each.
+    most = 0.02 if dtype == torch.int8 else 0.06
     assert off < most * reference(x, scores, gate_up, down, 2).square().mean().sqrt()
 
 
