@@ -73,16 +73,14 @@ def test_int8_codes_are_those_of_the_reference(
 
 @pytest.mark.parametrize("size", [300, 17000])
 def test_float8_codes(size: int, device: torch.device, table: Table) -> None:
-    """Those of torch's conversion, but where the interpreter loses the carry (see test_norm)."""
+    """Those of torch's conversion, but for an ulp in the quotient."""
     dtype = torch.float8_e4m3fn
     gate_up = torch.randn(3, 2 * size, device=device)
     codes, scales = activation.gated_quantized(gate_up, "silu", table, dtype=dtype)
     product = OPS["silu_mul"].reference(gate_up)
     torch.testing.assert_close(scales, product.abs().amax(-1) / 448, rtol=1e-5, atol=0)
-    expected = (product / scales[:, None]).to(dtype).float()
-    same, carried = codes.float() == expected, expected.abs().log2().frac() == 0
-    assert same.float().mean() > 0.85
-    assert (same | carried).float().mean() > 0.99
+    expected = (product / scales[:, None]).to(dtype)
+    assert (codes.float() == expected.float()).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("size", [100, 17000])

@@ -99,25 +99,18 @@ def test_write(
 
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 def test_write_float8(dtype: torch.dtype, device: torch.device, table: Table) -> None:
-    """Torch's codes, but for the interpreter's lost carry (see test_norm) and
-    what it makes of subnormal numbers; beyond the largest
-    number that number; NaN stays."""
+    """Torch's codes; beyond the largest number that number; NaN stays."""
     _, key, value = (part.clone() for part in qkv(device, 9, 1, 3, 96, torch.float32))
-    key[4, 1, 5], key[5, 1, 5] = float("inf"), -60000.0
-    if device.type == "cuda" or dtype == torch.float8_e5m2:
-        key[3, 1, 5] = float("nan")  # of which the interpreter makes 384 in e4m3
+    key[3, 1, 5], key[4, 1, 5], key[5, 1, 5] = float("nan"), float("inf"), -60000.0
     slots, found = slots_of(device, 9), empty(device, 3, 96, dtype)
     found = found._replace(key_scale=0.25, value_scale=2.0)
     cache.write(key, value, found, slots, table)
     most = torch.finfo(dtype).max
-    exact = ((key.float() / 0.25).clamp(-most, most), value.float() / 2)
+    exact = ((key / 0.25).clamp(-most, most), value / 2)
     for ours, theirs in zip(written(found, slots), exact, strict=True):
-        theirs = theirs.to(dtype).float()
-        same = (ours.float() == theirs) | (ours.float().isnan() & theirs.isnan())
-        carried = (theirs.abs().log2().frac() == 0) | (theirs.abs() < torch.finfo(dtype).tiny)
-        assert same.float().mean() > (0.99 if device.type == "cuda" else 0.85)
-        assert (same | carried).all()
-        assert ours.float().isnan().equal(theirs.isnan())
+        torch.testing.assert_close(
+            ours.float(), theirs.to(dtype).float(), rtol=0, atol=0, equal_nan=True
+        )
 
 
 def test_negative_slots_are_not_written(device: torch.device, table: Table) -> None:
@@ -173,8 +166,8 @@ def test_rope_write(
         query, key = rms_norm(query, weights[0], 1e-6), rms_norm(key, weights[1], 1e-6)
     expected = rope(query, key, *rotation)
     tolerance = OPS["rope"].tolerance[dtype]._asdict()
-    if dtype == torch.bfloat16:  # the interpreter rounds towards zero, up to four times
-        tolerance = {"rtol": 4e-2, "atol": 0.1}
+    if normed and dtype != torch.float32:  # the norm may round one way or the other
+        tolerance = {name: 2 * value for name, value in tolerance.items()}
     torch.testing.assert_close(turned, expected[0], **tolerance)
     parts = written(found, slots)
     if kept is None:

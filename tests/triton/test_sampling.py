@@ -13,7 +13,7 @@ from torch import Tensor
 from trimaran.kernels_cuda.portable import noise, sampling
 from trimaran.kernels_cuda.portable.tuning import Entry, Table
 from trimaran.platforms.draw import draw
-from trimaran.platforms.philox import NoiseKey, gumbel_rows, philox4x32
+from trimaran.platforms.philox import NoiseKey, gumbel, gumbel_rows, philox4x32
 
 INF, NAN = float("inf"), float("nan")
 
@@ -46,6 +46,12 @@ def _noise(key_ptr, ids_ptr, bits_ptr, at_ptr, from_ptr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def _gumbel(bits_ptr, out_ptr, COUNT: tl.constexpr):
+    place = tl.arange(0, COUNT)
+    tl.store(out_ptr + place, noise.gumbel(tl.load(bits_ptr + place).to(tl.uint32)))
+
+
+@triton.jit
 def _functions(x_ptr, exp_ptr, log_ptr, COUNT: tl.constexpr):
     place = tl.arange(0, COUNT)
     x = tl.load(x_ptr + place)
@@ -71,6 +77,15 @@ def test_noise(key: tuple[int, ...], device: torch.device) -> None:
     whole = gumbel_rows(NoiseKey(low, high, child, position), 2**18)[0]
     torch.testing.assert_close(at, whole[ids], rtol=3e-7, atol=3e-7)
     torch.testing.assert_close(following, whole[128:256], rtol=3e-7, atol=3e-7)
+
+
+def test_variates_of_few_and_many_bits(device: torch.device) -> None:
+    """Where 1 - u is 1, and where it is nearly 0."""
+    few = torch.arange(32, device=device)
+    bits = torch.cat((few, 0xFFFFFFFF - few, 0x4AFB0CCC - 16 + few, (1 << few)))
+    found = torch.empty(128, device=device)
+    _gumbel[(1,)](bits, found, COUNT=128)
+    torch.testing.assert_close(found, gumbel(bits), rtol=3e-7, atol=3e-7)
 
 
 def test_exponential_and_logarithm(device: torch.device) -> None:
