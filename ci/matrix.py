@@ -7,12 +7,14 @@ Exit status: 0 passed, 1 failed, 2 no such row, 3 the row is planned and cannot 
 
 import argparse
 import fnmatch
+import functools
 import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,9 +134,11 @@ def run_full(again: bool) -> int:
 
 
 def run_quick() -> int:
-    """The quick forms; all of them, whatever fails."""
+    """The quick forms; all of them, whatever fails. Two at a time: each is one thread's work."""
     rows = [row for row in load_rows().values() if row.quick]
-    failed = [row.name for row in rows if run_row(row, quick=True) != OK]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(functools.partial(run_row, quick=True), rows)
+        failed = [row.name for row, result in zip(rows, results, strict=True) if result != OK]
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return FAILED if failed else OK
