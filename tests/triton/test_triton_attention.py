@@ -164,7 +164,9 @@ def test_batches(
     assert (plan.tiles is None) == (shape is DECODE)
 
 
-@pytest.mark.parametrize("shape", [[(1, 1)], [(1, 700)], [(33, 33)], [(2, 300), (9, 140)]], ids=str)
+@pytest.mark.parametrize(
+    "shape", [[(1, 1)], [(1, 700)], [(5, 35)], [(33, 33)], [(2, 300), (9, 140)]], ids=str
+)
 def test_few_sequences(shape: list[tuple[int, int]], device: torch.device, table: Table) -> None:
     spec = spec_of()
     check(make_step(shape, spec, device), spec, table)
