@@ -76,7 +76,7 @@ class Watched(Table):
     picked: set[tuple[str, int]]
 
     def __init__(self, table: Table) -> None:
-        super().__init__(table.architecture, table.fp8, table.entries)
+        super().__init__(table.architecture, table.fp8, table.entries, table.max_head_dim)
         object.__setattr__(self, "picked", set())
 
     def pick(self, kernel: str, **sizes: int) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from .transfers import to_accelerator
 
 GRAIN = 16
 """A matrix instruction's rows: block sizes and head sizes are multiples of it."""
-MAX_HEAD_DIM = 256
 MAX_GROUP = 64
 """Most query heads of a KV head: the rows of one tile."""
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,8 +70,9 @@ class TritonAttention(AttentionImpl):
             return f"{spec.num_heads} heads over {spec.num_kv_heads} KV heads"
         if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
             return f"more than {MAX_GROUP} heads share a KV head"
-        if spec.head_dim % GRAIN or spec.head_dim > MAX_HEAD_DIM:
-            return f"head_dim {spec.head_dim}: it takes multiples of {GRAIN} up to {MAX_HEAD_DIM}"
+        most = self._table.max_head_dim
+        if spec.head_dim % GRAIN or spec.head_dim > most:
+            return f"head_dim {spec.head_dim}: it takes multiples of {GRAIN} up to {most}"
         if spec.block_size % GRAIN:
             return f"block_size {spec.block_size}: it takes multiples of {GRAIN}"
         if spec.dtype not in COMPUTED or spec.kv_dtype not in (*COMPUTED, torch.int8):

@@ -16,19 +16,18 @@ HALF = torch.bfloat16
 class Case(NamedTuple):
     """`kernel`: the table's name for what is launched; `label` tells its cases apart; `call` makes
     the tensors and returns the launch. `fp8`: the 8-bit float that it wants converted, if any.
-    `spills_on`: architectures where it runs, but overflows the registers with any tile."""
+    `head_dim`: of an attention's heads."""
 
     kernel: str
     label: str
     call: Callable[[torch.device, Table], Callable[[], Any]]
     fp8: torch.dtype | None = None
-    spills_on: tuple[str, ...] = ()
+    head_dim: int = 0
 
     def fits(self, table: Table) -> bool:
         """Does the architecture have the numbers it wants, and the room?"""
-        if table.architecture in self.spills_on:
-            return False
-        return self.fp8 is None or short(self.fp8) in table.fp8
+        known = self.fp8 is None or short(self.fp8) in table.fp8
+        return known and self.head_dim <= table.max_head_dim
 
 
 def short(dtype: torch.dtype | None) -> str:

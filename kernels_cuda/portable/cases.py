@@ -47,5 +47,5 @@ CASES: tuple[Case, ...] = (
     _norm(256, 16384, True, torch.float8_e4m3fnuz),
     *step_cases(),
     *gemm_cases(),
-    *attention_cases(Case),
+    *attention_cases(),
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import attention
+from .case import Case
 from .paged import PagedCache
 from .tuning import Table
 
@@ -103,8 +104,7 @@ STEPS = {
 }
 
 
-def attention_cases(case: Callable[..., Any]) -> list[Any]:
-    """`case` is `cases.Case`."""
+def attention_cases() -> list[Case]:
     made = []
     for name, layer in LAYERS.items():
         fp8 = layer.kv_dtype if layer.kv_dtype.itemsize == 1 else None
@@ -113,8 +113,5 @@ def attention_cases(case: Callable[..., Any]) -> list[Any]:
                 continue
             call = attention_call(layer, queries, keys)
             wanted = None if fp8 == torch.int8 else fp8
-            # RDNA 3 has 256 registers a thread, and WMMA's operands take twice their size.
-            tight = layer.head_dim == 256 and (step == "prompt" or layer.dtype == torch.float32)
-            spills_on = ("gfx1100",) if tight else ()
-            made.append(case(kernel, f"{name}, {step}", call, wanted, spills_on))
+            made.append(Case(kernel, f"{name}, {step}", call, wanted, layer.head_dim))
     return made

@@ -12,7 +12,8 @@ size it names is at most what it says) is taken, and the last one has none:
     source = "where these numbers come from"
 
 `values` are the kernel's constants (in capitals) and Triton's launch options. `fp8` names the
-8-bit floats that the architecture converts.
+8-bit floats that the architecture converts, `max_head_dim` the largest heads whose attention its
+registers hold (left out: 256).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Table:
     architecture: str
     fp8: tuple[str, ...]
     entries: Mapping[str, tuple[Entry, ...]]
+    max_head_dim: int = MAX_HEAD_DIM
 
     def pick(self, kernel: str, **sizes: int) -> dict[str, Any]:
         """What to launch `kernel` with. KeyError for a kernel that the table does not have, or a
@@ -66,8 +70,9 @@ def load(path: Path) -> Table:
     if not isinstance(architecture, str):
         raise ValueError(f"{path.name}: say which `architecture` the table is for")
     fp8 = tuple(content.pop("fp8", ()))
+    most = content.pop("max_head_dim", MAX_HEAD_DIM)
     entries = {kernel: _entries(path, kernel, found) for kernel, found in content.items()}
-    return Table(architecture, fp8, entries)
+    return Table(architecture, fp8, entries, most)
 
 
 def _entries(path: Path, kernel: str, found: Any) -> tuple[Entry, ...]:
