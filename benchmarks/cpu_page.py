@@ -94,6 +94,7 @@ def parts(flags: list[str]) -> list[Part]:
         compare("mixed32", 14, (3, 3), f"trimaran {int8} {peers}", "--workloads", "mixed32"),
         compare("start", 2, (2, 3), f"trimaran trimaran:int8 {peers}", "--workloads", "start"),
         compare("shared_prefix", 4, (1, 1), f"trimaran {peers}", "--workloads", "shared_prefix"),
+        compare("others", 10, (1, 1), "trimaran transformers vllm_cpu", "--workloads", "batch1"),
         Part("host_time", 0.5, "scheduler_overhead.json", ("benchmarks/scheduler_overhead.py",)),
         compare("growth", 22, (1, 1), "trimaran", "--workloads", "growth"),
     ]
