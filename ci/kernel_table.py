@@ -31,7 +31,8 @@ HEAD = """\
 
 Written by `ci/kernel_table.py` from what the compile rows of `ci/matrix.yaml` report (Triton
 {triton}): registers a thread / KiB of shared memory a block, the most of a case's binaries. Nothing
-spills: a row that finds one fails. `-`: the architecture has no such numbers (an 8-bit float).
+spills: a row that finds one fails. `-`: the architecture has no such numbers (an 8-bit
+float), or no registers for such heads.
 
 """
 
