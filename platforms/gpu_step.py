@@ -81,11 +81,13 @@ class Step:
         self._groups = [groups[index] for index in sorted(groups)]
         self._device = device
         self._inputs = _inputs(graph)
+        room = min(tensor.shape[-1] for tensor in self._inputs)  # tokens of the largest step
+        self._sizes = (*(size for size in SIZES if size < room), min(room, SIZES[-1]))
         self._width = FIRST_WIDTH
         self._recordings: dict[int, Recording] = {}
 
     def __call__(self, metadata: Sequence[Metadata], num_tokens: int) -> Tensor:
-        if num_tokens > SIZES[-1] or any(one.sequences.max_queries != 1 for one in metadata):
+        if num_tokens > self._sizes[-1] or any(one.sequences.max_queries != 1 for one in metadata):
             return self._run(metadata, num_tokens)
         return self._replay(metadata, num_tokens)
 
@@ -93,7 +95,7 @@ class Step:
         return StepRun(self._graph, self._nodes, metadata, num_tokens).result()
 
     def _replay(self, metadata: Sequence[Metadata], num_tokens: int) -> Tensor:
-        size = SIZES[bisect.bisect_left(SIZES, num_tokens)]
+        size = self._sizes[bisect.bisect_left(self._sizes, num_tokens)]
         recording = self._recording(size, max(m.sequences.block_tables.shape[1] for m in metadata))
         self._load(recording, metadata, num_tokens, size)
         if recording.graph is not None:

@@ -1,8 +1,8 @@
 """Triton's interpreter, mended: it computes as a card does.
 
 As it comes (3.6 to 3.9) it rounds towards zero where a number loses digits, loses the carry where
-rounding up reaches a power of two, does not know some 8-bit floats, and multiplies the bits of
-matrices of bfloat16 as if they were integers. torch converts every one of these types rightly.
+rounding up reaches a power of two, does not know some 8-bit floats, and computes with the
+bits of bfloat16 as if they were integers. torch converts every one of these types rightly.
 """
 
 from __future__ import annotations
@@ -45,22 +45,32 @@ def convert(data: Any, given: Any, wanted: Any, rounding: Any) -> Any:
 def mend() -> None:
     """For this process. What it replaces is named by the interpreter, not by its interface."""
     interpreter._convert_float = convert
-    as_it_was = interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    dot, binary = builder.create_dot, builder.binary_op
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
-        wide = [
-            interpreter.TensorHandle(
-                convert(one.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32
-            )
-            if one.dtype == tl.bfloat16
-            else one
-            for one in (a, b)
-        ]
-        return as_it_was(self, *wide, d, precision, imprecise)
+        return dot(self, _widened(a), _widened(b), d, precision, imprecise)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
+        if lhs.dtype.scalar != tl.bfloat16 or rhs.dtype.scalar != tl.bfloat16:
+            return binary(self, lhs, rhs, op)
+        found = op(_widened(lhs).data, _widened(rhs).data)
+        if found.dtype == np.bool_:  # a comparison
+            return interpreter.TensorHandle(found, tl.int1)
+        bits = convert(found.astype(np.float32), tl.float32, tl.bfloat16, None)
+        return interpreter.TensorHandle(bits, tl.bfloat16)
+
+    builder.create_dot, builder.binary_op = create_dot, binary_op
     if triton.__version__.startswith("3.6."):
         _let_one_number_be_an_index()
+
+
+def _widened(one: Any) -> Any:
+    """A handle of bfloat16 as one of fp32; any other as it is."""
+    if one.dtype.scalar != tl.bfloat16:
+        return one
+    wide = convert(one.data, tl.bfloat16, tl.float32, None).view(np.float32)
+    return interpreter.TensorHandle(wide, tl.float32)
 
 
 def _let_one_number_be_an_index() -> None:

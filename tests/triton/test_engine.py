@@ -80,3 +80,11 @@ def test_one_launch_for_norms_rotation_and_cache(monkeypatch: pytest.MonkeyPatch
     assert launches["rope_write"] >= layers * steps
     assert launches["write"] < layers  # the two traces compute one layer's
     assert len(REPLAYS) >= NUM_TOKENS - 5  # one that runs, one that is recorded, for each width
+
+
+def test_recordings_have_no_more_tokens_than_a_step_has_room_for() -> None:
+    """Five decode together where a step holds five: the next size would be eight."""
+    cases = sorted(greedy_cases("qwen3", 64, 24), key=lambda case: len(case.prompt))[:5]
+    with open_loop("qwen3", platform=GPU, max_num_seqs=5, max_num_batched_tokens=5) as loop:
+        check(loop, tuple(cases))
+        assert loop.largest_batch == 5
