@@ -9,14 +9,17 @@ import argparse
 import fnmatch
 import functools
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import yaml
 from sources import repository_files
@@ -37,12 +40,15 @@ class Row:
     inputs: tuple[str, ...]
     run: str
     quick: str = ""
+    cores: int = 2
     status: str = ""
     issue: str = ""
 
     def __post_init__(self) -> None:
         if self.needs not in ("none", "gpu", "builder"):
             raise ValueError(f"row {self.name}: needs is {self.needs!r}; none, gpu or builder")
+        if self.cores not in (1, 2):
+            raise ValueError(f"row {self.name}: cores is {self.cores!r}; 1 or 2")
         if self.status not in ("", "planned"):
             raise ValueError(f"row {self.name}: status is {self.status!r}; planned, or leave it")
         if bool(self.status) != bool(self.issue):
@@ -86,7 +92,8 @@ def fingerprint(row: Row, files: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def run_row(row: Row, quick: bool = False) -> int:
+def run_row(row: Row, quick: bool = False, log: IO[str] | None = None) -> int:
+    """Its exit status. `log`: where its output goes, in place of this process's own."""
     if row.planned:
         print(f"{row.name}: planned, cannot run yet; it waits for: {row.issue}", file=sys.stderr)
         return PLANNED
@@ -102,35 +109,52 @@ def run_row(row: Row, quick: bool = False) -> int:
         cwd=ROOT,
         env={**os.environ, "PATH": path},
         stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT if log else None,
         check=False,
     )
     return FAILED if result.returncode else OK
 
 
 def run_full(again: bool) -> int:
-    """All rows that need no hardware; those with unchanged inputs are not run again."""
+    """All rows that need no hardware; those with unchanged inputs are not run again. Neighbours
+    that keep one core busy run two at a time."""
     PASSED.mkdir(parents=True, exist_ok=True)
-    table = []
-    failed = False
-    for row in load_rows().values():
-        start = time.perf_counter()
-        mark = PASSED / row.name
-        inputs = fingerprint(row, repository_files(ROOT))
-        if row.planned or row.needs != "none":
-            result = "planned" if row.planned else f"needs a {row.needs}"
-        elif not again and mark.exists() and mark.read_text() == inputs:
-            result = "unchanged"
-        elif run_row(row) == OK:
-            mark.write_text(inputs)
-            result = "ok"
-        else:
-            mark.unlink(missing_ok=True)
-            failed, result = True, "FAILED"
-        table.append((row.name, result, time.perf_counter() - start))
+    table: list[tuple[str, str, float]] = []
+    for cores, rows in itertools.groupby(load_rows().values(), lambda row: row.cores):
+        with ThreadPoolExecutor(2 // cores) as pool:
+            table += pool.map(functools.partial(_result_of, again=again), rows)
     print(f"\n{'row':22} {'result':15} seconds")
     for name, result, seconds in table:
         print(f"{name:22} {result:15} {seconds:7.1f}")
-    return FAILED if failed else OK
+    return FAILED if any(result == "FAILED" for _, result, _ in table) else OK
+
+
+def _result_of(row: Row, again: bool) -> tuple[str, str, float]:
+    """Its name, what became of it, and the seconds it took. A row on one core is heard when it is
+    over: another one runs beside it."""
+    start = time.perf_counter()
+    mark = PASSED / row.name
+    inputs = fingerprint(row, repository_files(ROOT))
+    if row.planned or row.needs != "none":
+        result = "planned" if row.planned else f"needs a {row.needs}"
+    elif not again and mark.exists() and mark.read_text() == inputs:
+        result = "unchanged"
+    elif (_run_aside if row.cores == 1 else run_row)(row) == OK:
+        mark.write_text(inputs)
+        result = "ok"
+    else:
+        mark.unlink(missing_ok=True)
+        result = "FAILED"
+    return row.name, result, time.perf_counter() - start
+
+
+def _run_aside(row: Row) -> int:
+    with tempfile.TemporaryFile("w+") as log:
+        status = run_row(row, log=log)
+        log.seek(0)
+        print(f"\n--- {row.name}\n{log.read()}", flush=True)
+    return status
 
 
 def run_quick() -> int:

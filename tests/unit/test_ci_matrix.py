@@ -88,3 +88,20 @@ def test_the_fingerprint_follows_inputs_only(
     assert matrix.fingerprint(row, names) == before
     (tmp_path / "core/a.py").write_text("2")
     assert matrix.fingerprint(row, names) != before
+
+
+def test_rows_on_one_core_run_two_at_a_time(
+    matrix: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each of two waits for the other; the third, which waits for nobody, starts when they end."""
+    meet = "touch {}; for _ in $(seq 200); do [ -e {} ] && exit; sleep 0.05; done; exit 1"
+    rows = {
+        "a": make_row(matrix, run=meet.format("a", "b"), cores=1),
+        "b": make_row(matrix, run=meet.format("b", "a"), cores=1),
+        "c": make_row(matrix, run="[ -e a ] && [ -e b ]"),
+    }
+    monkeypatch.setattr(matrix, "load_rows", lambda: rows)
+    monkeypatch.setattr(matrix, "ROOT", tmp_path)
+    monkeypatch.setattr(matrix, "PASSED", tmp_path / "passed")
+    monkeypatch.setattr(matrix, "repository_files", lambda root: [])
+    assert matrix.run_full(again=True) == 0
