@@ -1,5 +1,6 @@
 """Neighbouring ops of a step graph that one GPU kernel computes together: the norms of query and
-key heads, the rotary embedding and the write to the cache."""
+key heads, the rotary embedding and the write to the cache; what rounds the input of a linear layer
+with the op before it (`gpu_rounding`)."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..kernels_cuda.portable import cache
 from .gpu_attention import TritonAttention
+from .gpu_rounding import rounded_at_once
 from .gpu_triton import TritonOp
 from .interface import LayerKV, StepGraph, StepNode, Value, View
 from .step_graph import uses_of
@@ -73,7 +75,7 @@ def fused(graph: StepGraph) -> list[StepNode | None]:
         nodes[found.rope] = dataclasses.replace(
             rope, call=call, arguments=arguments, outputs=rope.outputs[:1]
         )
-    return nodes
+    return rounded_at_once(graph, nodes)
 
 
 def _find(graph: StepGraph) -> list[_Found]:

@@ -23,15 +23,15 @@ class TritonOp(OpImpl):
     def __init__(self, op: str, launch: Callable[..., Any], table: Table) -> None:
         self.op = op
         self._launch = launch
-        self._table = table
+        self.table = table
 
     def supports(self, sig: OpSignature) -> Support:
         if sig.dtype not in COMPUTED:
             return Support.no(f"no kernel for {sig.dtype}")
-        return Support.yes(f"portable, tuned for {self._table.architecture}")
+        return Support.yes(f"portable, tuned for {self.table.architecture}")
 
     def __call__(self, *args: Any) -> Any:
-        return self._launch(*args, self._table)
+        return self._launch(*args, self.table)
 
 
 LAUNCHES: dict[str, Callable[..., Any]] = {

@@ -86,9 +86,25 @@ class QuantizedLinear(OpImpl):
         x = x.contiguous()
         if weight.format == TRITON_INT4:
             return gemm.matmul_int4(x, gemm.Int4(*weight.tensors), bias, self._table)
-        codes, scales = weight.tensors
-        rounded, steps = quantize_tokens(x, torch.int8, self._table)
-        return gemm.matmul_scaled(rounded, codes, steps, scales, bias, self._table, dtype=x.dtype)
+        codes, scales = quantize_tokens(x, torch.int8, self._table)
+        return self.multiply(codes, scales, weight, bias, x.dtype)
+
+    def code_dtype(self, weight: PackedWeight) -> torch.dtype | None:
+        """What x is rounded to before it is multiplied by `weight`; None: it is not."""
+        return torch.int8 if weight.format == TRITON_INT8 else None
+
+    def multiply(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The product of an x that is rounded already: codes `[tokens, in]` of `code_dtype`, a
+        scale a token, fp32 `[tokens]`; in `dtype`."""
+        theirs, steps = weight.tensors
+        return gemm.matmul_scaled(codes, theirs, scales, steps, bias, self._table, dtype=dtype)
 
 
 class TritonMoe(OpImpl):

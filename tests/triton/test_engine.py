@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ from helpers.engine_loop import Loop, greedy, open_loop
 from helpers.generate_reference import Case, greedy_cases
 from helpers.interpreted_gpu import REPLAYS
 
-from trimaran.kernels_cuda.portable import cache
-from trimaran.platforms import gpu_step
+from trimaran.kernels_cuda.portable import activation, cache, norm
+from trimaran.platforms import gpu_fusion, gpu_step, gpu_weights
 
 NUM_TOKENS = 10
 GPU = "helpers.interpreted_gpu:InterpretedGpu"
@@ -33,6 +33,14 @@ def check(loop: Loop, cases: tuple[Case, ...], **options: random.Random) -> None
         row = found[str(index), 0]
         assert row.error is None
         assert row.tokens == case.tokens[:NUM_TOKENS], f"prompt {index}: {len(case.prompt)} tokens"
+
+
+def counted(calls: Counter[str], launch: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **options: Any) -> Any:
+        calls[launch.__name__] += 1
+        return launch(*args, **options)
+
+    return call
 
 
 @pytest.mark.parametrize("model", ["qwen3", "llama3", "mistral", "qwen3_moe"])
@@ -59,18 +67,8 @@ def test_a_prefix_from_the_cache() -> None:
 def test_one_launch_for_norms_rotation_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     """And recordings whose tables become too narrow are made anew."""
     launches: Counter[str] = Counter()
-
-    def counted(module: ModuleType, name: str) -> None:
-        launch = getattr(module, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            launches[name] += 1
-            return launch(*args, **options)
-
-        monkeypatch.setattr(module, name, call)
-
     for name in ("write", "rope", "rope_write"):
-        counted(cache, name)
+        monkeypatch.setattr(cache, name, counted(launches, getattr(cache, name)))
     monkeypatch.setattr(gpu_step, "FIRST_WIDTH", 1)
     REPLAYS.clear()
     case = next(c for c in greedy_cases("qwen3", 64, 24) if len(c.prompt) == 31)
@@ -88,3 +86,28 @@ def test_recordings_have_no_more_tokens_than_a_step_has_room_for() -> None:
     with open_loop("qwen3", platform=GPU, max_num_seqs=5, max_num_batched_tokens=5) as loop:
         check(loop, tuple(cases))
         assert loop.largest_batch == 5
+
+
+def test_norms_and_activations_round_for_int8_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens as where each linear layer rounds its input itself, by fewer launches."""
+    cases = few_cases("qwen3")[:2]
+    tokens, launches = [], []
+    for fuse in (gpu_fusion.rounded_at_once, lambda graph, nodes: nodes):
+        calls: Counter[str] = Counter()
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_fusion, "rounded_at_once", fuse)
+            for module, name in (
+                (gpu_weights, "quantize_tokens"),
+                (norm, "rms_norm_quantized"),
+                (activation, "gated_quantized"),
+            ):
+                patch.setattr(module, name, counted(calls, getattr(module, name)))
+            with open_loop("qwen3", platform=GPU, quantization="int8") as loop:
+                found = loop.run([greedy(str(i), case.prompt, 4) for i, case in enumerate(cases)])
+        tokens.append([found[str(i), 0].tokens for i in range(len(cases))])
+        launches.append(calls)
+    fused, plain = launches
+    assert tokens[0] == tokens[1] and all(len(one) == 4 for one in tokens[0])
+    assert not plain["rms_norm_quantized"] and not plain["gated_quantized"]
+    assert fused["rms_norm_quantized"] == 2 * fused["gated_quantized"] > 0
+    assert plain["quantize_tokens"] == fused["quantize_tokens"] + 3 * fused["gated_quantized"]
