@@ -102,7 +102,7 @@ def _rounding(maker: StepNode, impl: TritonOp, dtype: torch.dtype) -> StepNode:
 
 
 def _by_codes(linear: StepNode, scales: Value) -> StepNode:
-    impl: QuantizedLinear = inspect.unwrap(linear.call)  # type: ignore[assignment]
+    impl: QuantizedLinear = inspect.unwrap(linear.call)
     codes, weight, bias = linear.arguments
     dtype = linear.outputs[0].dtype
     return dataclasses.replace(
