@@ -20,17 +20,20 @@ class Clock(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def load(
     model: str, threads: int, kv_tokens: int, max_len: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """`kv_tokens` and `max_len` have no counterpart: the cache grows with the batch."""
+    """`kv_tokens` and `max_len` have no counterpart: the cache grows with the batch. Of the options
+    `device` is where the model goes; the others are `from_pretrained`'s."""
     torch.set_num_threads(threads)
+    options = dict(options)
+    device = torch.device(options.pop("device", "cpu"))
     flags = {"dtype": "bfloat16", "attn_implementation": "sdpa", **options}
     start = time.perf_counter()
-    STATE["model"] = AutoModelForCausalLM.from_pretrained(model, **flags).eval()
+    STATE["model"] = AutoModelForCausalLM.from_pretrained(model, **flags).to(device).eval()
     return {"seconds": time.perf_counter() - start, "flags": flags}
 
 
@@ -45,8 +48,12 @@ def _padded(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.inference_mode()
-def run(prompts: list[list[int]], outputs: list[int], keep_prefix: bool) -> dict[str, Any]:
-    ids, mask = _padded(prompts)
+def run(
+    prompts: list[list[int]], outputs: list[int], keep_prefix: bool, **generation: Any
+) -> dict[str, Any]:
+    """`generation`: options of `generate` besides."""
+    device = STATE["model"].device
+    ids, mask = (one.to(device) for one in _padded(prompts))
     clock = Clock()
     start = time.perf_counter()
     STATE["model"].generate(
@@ -57,6 +64,7 @@ def run(prompts: list[list[int]], outputs: list[int], keep_prefix: bool) -> dict
         do_sample=False,
         stopping_criteria=[clock],
         pad_token_id=0,
+        **generation,
     )
     # A static batch runs to its longest request; only what was asked for counts.
     seconds, decode = time.perf_counter() - start, clock.times[-1] - clock.times[0]

@@ -28,12 +28,14 @@ def load(
     return {"seconds": time.perf_counter() - start, "flags": flags}
 
 
-def run(prompts: list[list[int]], outputs: list[int], keep_prefix: bool) -> dict[str, Any]:
+def run(
+    prompts: list[list[int]], outputs: list[int], keep_prefix: bool, temperature: float = 0.0
+) -> dict[str, Any]:
     llm: LLM = STATE["llm"]
     if not keep_prefix:
         llm.reset_prefix_cache()
     params = [
-        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
+        SamplingParams(temperature=temperature, max_tokens=n, ignore_eos=True, detokenize=False)
         for n in outputs
     ]
     requests = [{"prompt_token_ids": prompt} for prompt in prompts]
