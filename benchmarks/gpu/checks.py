@@ -3,7 +3,7 @@ tests."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -22,15 +22,18 @@ from .part import Bench, Found, OutOfTime, Piece, Skip
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5")
-SERVED = ("fastapi", "httptools", "msgspec", "prometheus_client", "uvicorn", "uvloop", "zmq")
-"""What level 5 serves with."""
+SERVER = ("fastapi", "httptools", "msgspec", "prometheus_client", "uvicorn", "uvloop", "zmq")
+WANTED_BY = {"L4": ("msgspec",), "L5": SERVER}
+"""The packages of the server extra that a level runs with: ranks talk by msgspec."""
 PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "numpy", "pytest")
 MOST_SIDE_BY_SIDE = 8
-# The repository's own options name plugins that such a machine need not have.
 PYTEST = [
     *(sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "--color=no"),
-    *("-o", "addopts=", "-W", "ignore::pytest.PytestConfigWarning"),
+    *("-c", os.devnull, "-W", "ignore::pytest.PytestUnknownMarkWarning"),
+    f"--rootdir={CHECKOUT / 'tests'}",
 ]
+"""Without the repository's own options, which name plugins that such a machine need not have; and
+below its root, which is a package that would be imported by the name of the folder."""
 
 
 def run_command(bench: Bench, command: list[str], keep: int = 60) -> Found:
@@ -79,12 +82,11 @@ def _version(package: str) -> str:
 def kernel_tests(bench: Bench) -> Iterator[Piece]:
     """A process a file, some side by side: most of the time kernels are being compiled."""
     files = sorted((CHECKOUT / "tests" / "triton").glob("test_*.py"))
-    few = ["-k", "not_in_any_name or 100"] if bench.tiny else []
     if bench.tiny:
         files = [one for one in files if one.name == "test_norm.py"]
     threads = min(MOST_SIDE_BY_SIDE, max(1, (os.cpu_count() or 1) // 2)) if bench.on_card else 1
     pool = bench.stack.enter_context(ThreadPoolExecutor(threads))
-    command = [*PYTEST, "-m", "not slow", *few]
+    command = [*PYTEST, "-m", "not slow", *(["-k", "inf"] if bench.tiny else [])]
     running = {
         file.stem: pool.submit(run_command, bench, [*command, str(file)], 40) for file in files
     }
@@ -99,13 +101,21 @@ def conform(bench: Bench) -> Iterator[Piece]:
 
 
 def _level(bench: Bench, level: str) -> Found:
-    missing = [name for name in SERVED if importlib.util.find_spec(name) is None]
-    if level == "L5" and missing:
-        raise Skip(f"serving wants {', '.join(missing)}")
+    if missing := [name for name in WANTED_BY.get(level, ()) if not _importable(name)]:
+        raise Skip(f"{level} wants {', '.join(missing)}")
     report = bench.out / f"conform-{level}.json"
     words = ["--platform", bench.platform, "--level", level, "--report", str(report)]
+    words += ["--quick", "--no-isolate"] * bench.tiny
     found = run_command(bench, trimaran("conform", *words))
     return found | {"report": json.loads(report.read_text())}
+
+
+def _importable(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def device_tests(bench: Bench) -> Iterator[Piece]:

@@ -282,7 +282,7 @@ def linear(kernels: Kernels, quantization: str | None, tokens: int, size: int, o
     binder = kernels.binder(quantization)
     x, weight = kernels.randn(tokens, size), kernels.randn(out, size)
     scheme = binder.scheme(size)
-    packed = kernels.clock.do(lambda: binder.pack(weight, scheme=scheme))
+    packed = binder.pack(weight, scheme=scheme)
     call = binder.bind(
         "linear", BF16, packed_format(binder, scheme, out, size), in_features=size, out_features=out
     )

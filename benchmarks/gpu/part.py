@@ -97,7 +97,7 @@ class Record:
 
     def verdict(self) -> str:
         if not self.done:
-            return "unfinished"
+            return "unfinished" if self.attempts else "not run"
         return "FAILED" if self.faults else "ok"
 
 
