@@ -36,7 +36,7 @@ from gpu.part import BROKEN, CARDS, DONE, FAILED, UNFINISHED, Bench, Record, run
 CHECKOUT = Path(__file__).resolve().parent.parent
 PACKAGE = ("core", "platforms", "kernels_*", "conformance", "benchmarks", "tests")
 PARTS: dict[str, tuple[str, float]] = {
-    "facts": ("checks.facts", 120),
+    "facts": ("facts.facts", 120),
     "canary": ("timing.canary", 120),
     "parity": ("parity.parity", 300),
     "device": ("checks.device_tests", 300),

@@ -1,5 +1,5 @@
-"""Parts that say right or wrong: what is here, the kernels' tests, the conformance kit, the device
-tests."""
+"""Parts that say right or wrong by commands: the kernels' tests, the conformance kit, the device
+tests. No torch here: the commands bring their own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from canary import describe_machine
-
-from trimaran.core.platform import make_platform
 
 from .part import Bench, Found, OutOfTime, Piece, Skip
 
@@ -25,12 +20,11 @@ LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5")
 SERVER = ("fastapi", "httptools", "msgspec", "prometheus_client", "uvicorn", "uvloop", "zmq")
 WANTED_BY = {"L4": ("msgspec",), "L5": SERVER}
 """The packages of the server extra that a level runs with: ranks talk by msgspec."""
-PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "numpy", "pytest")
 MOST_SIDE_BY_SIDE = 8
 PYTEST = [
     *(sys.executable, "-m", "pytest", "-q", "-ra", "-p", "no:cacheprovider", "--color=no"),
     *("-c", os.devnull, "-W", "ignore::pytest.PytestUnknownMarkWarning"),
-    f"--rootdir={CHECKOUT / 'tests'}",
+    *(f"--{option}={CHECKOUT / 'tests'}" for option in ("rootdir", "confcutdir")),
 ]
 """Without the repository's own options, which name plugins that such a machine need not have; and
 below its root, which is a package that would be imported by the name of the folder."""
@@ -52,31 +46,6 @@ def run_command(bench: Bench, command: list[str], keep: int = 60) -> Found:
 
 def trimaran(*words: str) -> list[str]:
     return [sys.executable, "-m", "trimaran", *words]
-
-
-def facts(bench: Bench) -> Iterator[Piece]:
-    yield "machine", partial(_machine, bench)
-    for words in (["platforms", "--platform", bench.platform], ["doctor"]):
-        yield words[0], partial(run_command, bench, trimaran(*words), 200)
-
-
-def _machine(bench: Bench) -> Found:
-    platform = make_platform(bench.platform)
-    return {
-        "devices": [
-            f"{one.name}, {one.memory / 2**30:.0f} GiB" for one in platform.probe().devices
-        ],
-        "platform": dict(platform.describe()),
-        "packages": {name: _version(name) for name in PACKAGES},
-        **describe_machine(),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def kernel_tests(bench: Bench) -> Iterator[Piece]:

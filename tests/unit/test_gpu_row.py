@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -176,9 +177,12 @@ def test_a_process_that_overruns_is_ended_with_all_it_started(
     monkeypatch.setattr(gpu_row, "__file__", str(sleeper))
     monkeypatch.setattr(gpu_row, "GRACE", 0.0)
     args = gpu_row.argparse.Namespace(platform="cpu", out=tmp_path, tiny=True)
-    assert gpu_row.run_process("facts", args, tmp_path, 1.0) == part.UNFINISHED
-    stat = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    assert gpu_row.run_process("facts", args, tmp_path, 2.0) == part.UNFINISHED
+    inner = int((tmp_path / "pid").read_text())
+    end = time.monotonic() + 10
+    while psutil.pid_exists(inner) and psutil.Process(inner).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, "what the process started lives on"
+        time.sleep(0.01)
 
 
 def test_all_done_runs_nothing_and_time_over_says_so(
@@ -284,28 +288,36 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     return checkout, kept | {"PYTHONPATH": str(folder / "blocker")}
 
 
-def test_one_command_on_a_bare_machine(bare: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
-    """Tokens by `LLM` in a process of its own (start), token parity, and pytest without plugins."""
+def on_bare(bare: tuple[Path, dict[str, str]], out: Path, *parts: str) -> dict[str, Any]:
+    """The report of one command with these parts, which must all be well."""
     checkout, environment = bare
     command = [sys.executable, "benchmarks/gpu_row.py", "--platform", "cpu", "--tiny"]
-    parts = ("start", "parity", "kernel-tests", "device", "conform", "facts")
-    command += [word for name in parts for word in ("--part", name)]
+    command += ["--out", str(out), *(word for name in parts for word in ("--part", name))]
     done = subprocess.run(
-        [*command, "--out", str(tmp_path)],
-        cwd=checkout,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
+        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    found = json.loads((tmp_path / "report.json").read_text())
+    found: dict[str, Any] = json.loads((out / "report.json").read_text())
     assert {found["verdicts"][name] for name in parts} == {"ok"}
-    assert found["results"]["start"]["warm 0"]["start_s"] > 0
-    assert found["results"]["parity"]["qwen3"]["token_exact"] == 8
-    assert "passed" in found["results"]["kernel-tests"]["test_norm"]["tail"][-1]
-    assert found["results"]["conform"]["L0"]["report"]
-    assert found["machine"]["packages"]["torch"]
+    return found
+
+
+def test_one_command_on_a_bare_machine(bare: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+    """Tokens by `LLM` in a process of its own (start), token parity, pytest without plugins."""
+    found = on_bare(bare, tmp_path, "start", "parity", "kernel-tests")["results"]
+    assert found["start"]["warm 0"]["start_s"] > 0
+    assert found["parity"]["qwen3"]["token_exact"] == 8
+    assert "passed" in found["kernel-tests"]["test_norm"]["tail"][-1]
+
+
+@pytest.mark.slow
+def test_the_other_commands_on_a_bare_machine(
+    bare: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
+    report = on_bare(bare, tmp_path, "facts", "device", "conform")
+    assert report["machine"]["packages"]["torch"]
+    assert "skipped" in report["results"]["device"]["tests/device"]["tail"][-1]
+    assert report["results"]["conform"]["L0"]["report"]
 
 
 def test_the_bare_machine_is_bare(bare: tuple[Path, dict[str, str]]) -> None:
