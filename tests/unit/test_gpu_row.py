@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -23,7 +24,7 @@ sys.path.insert(0, str(BENCHMARKS / "workers"))
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu_row  # noqa: E402
-from gpu import checks, engine, part, report, steady, timing  # noqa: E402
+from gpu import checks, engine, kernels, part, report, steady, timing  # noqa: E402
 from limits import Limits  # noqa: E402
 
 QUICK = ("canary", "throughput", "batch1", "kernels", "steady", "sweep", "long", "peer")
@@ -253,6 +254,81 @@ def test_calls_are_timed_inside_launches(tmp_path: Path) -> None:
         inside: list[bool] = []
         found = clock.time(lambda: inside.append(True) or time.sleep(0.01), rounds=3)
     assert len(inside) == 5 and 0.01 <= found["fastest"] <= found["seconds"] <= found["slowest"]
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_on_a_card_events_stand_around_replays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.0  # milliseconds
+
+    def capture(work: Callable[[], None]) -> Any:
+        if not recorded:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return SimpleNamespace(replay=lambda: log.append("replay"))
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    with timing.Clock.open(part.Bench("strict", tmp_path, tiny=True)) as clock:
+        monkeypatch.setattr(clock, "_on_card", True)
+        monkeypatch.setattr(clock.device, "capture", capture)
+        found = clock.time(lambda: log.append("call"), rounds=2)
+    run = "replay" if recorded else "call"
+    assert log == ["call", "call", "event", run, "event", "event", run, "event"]
+    assert found["seconds"] == 0.002
+    assert found["by"].startswith("recording" if recorded else "launches: not recorded: operation")
+
+
+def test_a_trace_in_figures(tmp_path: Path) -> None:
+    canary = part.Record(tmp_path, "canary")
+    canary.results["rates"] = {"read_gb_s": 1.0, "gemm_gflop_s": 1.0}
+    canary.save()
+
+    def event(name: str, device: str, start: float, end: float) -> Any:
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, device_type=SimpleNamespace(name=device), time_range=span)
+
+    events = [
+        event("cudaGraphLaunch", "CPU", 0, 1),
+        event("cudaLaunchKernel", "CPU", 1, 2),
+        event("cuLaunchKernelEx", "CPU", 2, 3),
+        event("aten::add", "CPU", 3, 4),
+        event("gemm", "CUDA", 0, 2000),
+        event("norm", "CUDA", 1000, 3000),
+    ]
+    one = SimpleNamespace(
+        load=steady.Load(running=4, prompt=8, steps=8, traced=2, spare=0),
+        timed=lambda: {"step_ms": 2.0},
+        traced=lambda: SimpleNamespace(events=lambda: events),
+    )
+    bench = part.Bench("cuda", tmp_path, tiny=True)
+    found = steady._trace(bench, lambda: one)  # type: ignore[arg-type, return-value]
+    assert found["device_busy_ms"] == 1.5 and found["idle_share"] == 0.25
+    assert found["launches_a_step"] == 1.5 and found["kernels_a_step"] == 1
+    assert [row["kernel"] for row in found["top"]] == ["gemm", "norm"]
+    limits = engine.limits_of(bench)
+    assert limits is not None
+    needed_ms = 4e3 / limits.decode_tokens_per_second(4, 8 + 12 + 12)
+    assert found["bytes_moved_at_most"] == pytest.approx(1.5 / needed_ms)
+
+
+def test_the_fused_kernel_is_measured_where_it_is(tmp_path: Path) -> None:
+    """In Triton's interpreter, through the GPU hulls' own attention."""
+    pytest.importorskip("triton")
+    bench = part.Bench("helpers.interpreted_gpu:InterpretedGpu", tmp_path, tiny=True)
+    with timing.Clock.open(bench) as clock:
+        made = kernels.Kernels(bench, clock)
+        assert kernels.rope_write(made, 2)["torch_over_ours"] > 0
+        assert kernels.linear(made, "int8", 2, 64, 128)["format"] == "triton_int8"
 
 
 # ---------------------------------------------------------------------------------------------
