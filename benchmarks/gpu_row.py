@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "workers"))
@@ -55,6 +56,8 @@ PARTS: dict[str, tuple[str, float]] = {
 canary; the tests that compile most come last."""
 GRACE = 20.0
 """Seconds between a part's own end of time and that of its process."""
+LEAST = 20.0
+"""Seconds without which no part is begun."""
 MOST_PROCESSES = 12
 
 
@@ -117,8 +120,15 @@ def child(args: argparse.Namespace) -> int:
     record = Record(args.out, args.child)
     deadline = time.monotonic() + args.seconds
     bench = Bench(args.platform, args.out, args.tiny, deadline)
-    pieces = getattr(importlib.import_module(f"gpu.{module}"), function)(bench)
-    return run_pieces(bench, record, pieces)
+    try:
+        pieces = getattr(importlib.import_module(f"gpu.{module}"), function)(bench)
+        return run_pieces(bench, record, pieces)
+    except Exception as error:  # of the part itself, no piece of it
+        record.faults["the part"] = "".join(traceback.format_exception(error))[-6000:]
+        record.done = True
+        record.save()
+        print(f"  {args.child}: FAILED: {error}", flush=True)
+        return FAILED
 
 
 def run(args: argparse.Namespace) -> int:
@@ -134,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
             if args.again:
                 record.forget_faults()
             left = min(PARTS[part][1], end - time.monotonic() - GRACE)
-            if not record.done and left > 0:
+            if not record.done and left >= LEAST:
                 print(f"{part} (at most {left:.0f} s)", flush=True)
                 run_part(part, args, link, left)
     found = report.collect(args.platform, args.out, list(PARTS), args.tiny)

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from .part import Bench, Found, OutOfTime, Piece, Skip
+from .part import Bench, Found, OutOfTime, Piece, Record, Skip
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5")
@@ -56,8 +56,11 @@ def kernel_tests(bench: Bench) -> Iterator[Piece]:
     threads = min(MOST_SIDE_BY_SIDE, max(1, (os.cpu_count() or 1) // 2)) if bench.on_card else 1
     pool = bench.stack.enter_context(ThreadPoolExecutor(threads))
     command = [*PYTEST, "-m", "not slow", *(["-k", "inf"] if bench.tiny else [])]
+    done = Record(bench.out, "kernel-tests").results
     running = {
-        file.stem: pool.submit(run_command, bench, [*command, str(file)], 40) for file in files
+        file.stem: pool.submit(run_command, bench, [*command, str(file)], 40)
+        for file in files
+        if file.stem not in done
     }
     bench.stack.callback(pool.shutdown, wait=False, cancel_futures=True)
     for name, future in running.items():

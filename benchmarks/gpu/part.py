@@ -20,7 +20,7 @@ from typing import Any
 CARDS = ("cuda", "rocm")
 DONE, FAILED, UNFINISHED, BROKEN = 0, 1, 2, 3
 """How a part's process ends. BROKEN: the device is of no more use to it, to another process yes."""
-MOST_ATTEMPTS = 2
+MOST_ATTEMPTS = 3
 BROKEN_DEVICE = ("CUDA error", "HIP error", "illegal memory access", "DeviceLost", "is lost")
 
 Found = dict[str, Any]
@@ -111,6 +111,7 @@ def run_pieces(bench: Bench, record: Record, pieces: Iterator[Piece]) -> int:
                 return UNFINISHED
             try:
                 if _run_piece(record, key, work) == BROKEN:
+                    bench.stack.pop_all()  # a broken device closes nothing
                     return BROKEN
             except OutOfTime:
                 return UNFINISHED

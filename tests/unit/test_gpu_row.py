@@ -141,6 +141,15 @@ def test_a_fault_does_not_stop_the_others(tmp_path: Path) -> None:
     assert run(tmp_path, a=lambda: {"n": 2}, b=fails(AssertionError("again"))) == part.DONE
 
 
+def test_a_part_that_cannot_even_begin_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(gpu_row.PARTS, "facts", ("no_such_module.facts", 10))
+    assert child("facts", tmp_path) == part.FAILED
+    record = part.Record(tmp_path, "facts")
+    assert record.verdict() == "FAILED" and "no_such_module" in record.faults["the part"]
+
+
 def test_a_broken_device_ends_the_process_and_another_goes_on(tmp_path: Path) -> None:
     broken = fails(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert run(tmp_path, a=broken, b=fails(AssertionError("in a broken process"))) == part.BROKEN
@@ -148,12 +157,14 @@ def test_a_broken_device_ends_the_process_and_another_goes_on(tmp_path: Path) ->
     assert part.Record(tmp_path, "x").results == {"b": {"n": 1}}
 
 
-def test_what_hangs_is_given_up_after_two_attempts(tmp_path: Path) -> None:
+def test_what_hangs_is_given_up_after_some_attempts(tmp_path: Path) -> None:
     for _ in range(part.MOST_ATTEMPTS):
         assert run(tmp_path, a=fails(part.OutOfTime()), b=lambda: {}) == part.UNFINISHED
-    assert run(tmp_path, a=fails(AssertionError("a third time")), b=lambda: {"n": 1}) == part.FAILED
+    assert run(tmp_path, a=fails(AssertionError("once more")), b=lambda: {"n": 1}) == part.FAILED
     record = part.Record(tmp_path, "x")
-    assert "begun 2 times" in record.faults["a"] and record.results == {"b": {"n": 1}}
+    assert f"begun {part.MOST_ATTEMPTS} times" in record.faults["a"] and record.results == {
+        "b": {"n": 1}
+    }
 
 
 def test_a_part_is_begun_again_while_the_device_takes_its_process(
