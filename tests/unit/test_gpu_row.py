@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -262,9 +263,17 @@ def test_goals_are_judged_by_the_worst_that_counts() -> None:
 
 def test_calls_are_timed_inside_launches(tmp_path: Path) -> None:
     with timing.Clock.open(part.Bench("strict", tmp_path, tiny=True)) as clock:
-        inside: list[bool] = []
-        found = clock.time(lambda: inside.append(True) or time.sleep(0.01), rounds=3)
-    assert len(inside) == 5 and 0.01 <= found["fastest"] <= found["seconds"] <= found["slowest"]
+        on_the_queue: list[bool] = []
+
+        def call() -> None:
+            on_the_queue.append(threading.current_thread() is not threading.main_thread())
+            time.sleep(0.01)
+
+        found = clock.time(call, rounds=3)
+    assert (
+        on_the_queue == [True] * 5
+        and 0.01 <= found["fastest"] <= found["seconds"] <= found["slowest"]
+    )
 
 
 @pytest.mark.parametrize("recorded", [True, False])
