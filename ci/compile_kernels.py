@@ -17,14 +17,13 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # it would turn kernels into Python functions
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
@@ -32,23 +31,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from trimaran.kernels_cuda.portable.cases import CASES, Case
-from trimaran.kernels_cuda.portable.tuning import Table, load
-
-ROOT = Path(__file__).resolve().parents[1]
-# Bytes of shared memory that a thread block may have (CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability"), of LDS that a work group may (AMD's instruction set
-# documents).
-SHARED_LIMIT = {
-    "sm_80": 163 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx90a": 64 << 10,
-    "gfx942": 64 << 10,
-    "gfx950": 160 << 10,
-    "gfx1100": 64 << 10,
-}
+from trimaran.kernels_cuda.portable.tuning import Table
+from trimaran.platforms.gpu_kernels import table_for
+from trimaran.platforms.gpu_tables import SHARED_LIMIT
+from trimaran.platforms.user_environment import fuse_unless_told
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +65,10 @@ class Watched(Table):
         super().__init__(table.architecture, table.fp8, table.entries, table.max_head_dim)
         object.__setattr__(self, "picked", set())
 
-    def pick(self, kernel: str, **sizes: int) -> dict[str, Any]:
-        number = next(i for i, e in enumerate(self.entries[kernel]) if e.holds(sizes))
+    def number_of(self, kernel: str, sizes: Mapping[str, int]) -> int:
+        number = super().number_of(kernel, sizes)
         self.picked.add((kernel, number))
-        return super().pick(kernel, **sizes)
+        return number
 
 
 class NoDevice:
@@ -101,11 +87,6 @@ class NoDevice:
         return 0
 
 
-def table_of(architecture: str) -> Table:
-    owner = "kernels_cuda" if architecture.startswith("sm_") else "kernels_hip"
-    return load(ROOT / owner / "tuning" / f"{architecture}.toml")
-
-
 def target_of(architecture: str) -> GPUTarget:
     """RDNA runs waves of 32, CDNA of 64."""
     if architecture.startswith("sm_"):
@@ -116,6 +97,7 @@ def target_of(architecture: str) -> GPUTarget:
 @contextmanager
 def compiling_only(target: GPUTarget) -> Iterator[list[Any]]:
     """Inside, launches compile; what they compiled is appended to the list."""
+    fuse_unless_told()
     triton.runtime.driver.set_active(NoDevice(target))
     caught: list[Any] = []
     run = JITFunction.run
@@ -205,7 +187,7 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="*", default=[], help="only these, whatever is reached")
     args = parser.parse_args()
     cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
-    table = Watched(table_of(args.architecture))
+    table = Watched(table_for(args.architecture))
     done = compile_cases(first_of_each(cases) if args.quick else cases, table)
     faults = faults_of(done, args.architecture)
     if not (args.quick or args.kernel):

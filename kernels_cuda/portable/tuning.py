@@ -47,10 +47,14 @@ class Table:
     entries: Mapping[str, tuple[Entry, ...]]
     max_head_dim: int = MAX_HEAD_DIM
 
+    def number_of(self, kernel: str, sizes: Mapping[str, int]) -> int:
+        """Which of `kernel`'s entries is for these sizes. KeyError for a kernel that the table does
+        not have, or a size that an entry asks for and the caller does not tell."""
+        return next(i for i, entry in enumerate(self.entries[kernel]) if entry.holds(sizes))
+
     def pick(self, kernel: str, **sizes: int) -> dict[str, Any]:
-        """What to launch `kernel` with. KeyError for a kernel that the table does not have, or a
-        size that an entry asks for and the caller does not tell."""
-        return dict(next(e.values for e in self.entries[kernel] if e.holds(sizes)))
+        """What to launch `kernel` with; raises like `number_of`."""
+        return dict(self.entries[kernel][self.number_of(kernel, sizes)].values)
 
     def constants_only(self) -> Table:
         """Without launch options: what Triton's interpreter can run."""
