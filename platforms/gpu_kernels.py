@@ -92,9 +92,9 @@ def build_portable_step(graph: StepGraph, devices: Mapping[torch.device, Device]
     return built
 
 
-def describe_kernels(architecture: str) -> str:
-    """One line for people."""
+def describe_kernels(origin: str) -> str:
+    """One line for people; `origin` says which table they are launched with."""
     if triton_missing():
         return f"torch's own; {triton_missing()}"
     version = importlib.import_module("triton").__version__
-    return f"Triton {version}, tuned for {table_for(architecture).architecture}"
+    return f"Triton {version}, {origin}"
