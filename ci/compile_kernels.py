@@ -13,42 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)  # it would turn kernels into Python functions
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import JITFunction
 
 from trimaran.kernels_cuda.portable.cases import CASES, Case
-from trimaran.kernels_cuda.portable.tuning import Table, load
-
-ROOT = Path(__file__).resolve().parents[1]
-# Bytes of shared memory that a thread block may have (CUDA C++ Programming Guide, "Technical
-# Specifications per Compute Capability"), of LDS that a work group may (AMD's instruction set
-# documents).
-SHARED_LIMIT = {
-    "sm_80": 163 << 10,
-    "sm_89": 99 << 10,
-    "sm_90": 227 << 10,
-    "sm_100": 227 << 10,
-    "sm_120": 99 << 10,
-    "gfx90a": 64 << 10,
-    "gfx942": 64 << 10,
-    "gfx950": 160 << 10,
-    "gfx1100": 64 << 10,
-}
+from trimaran.kernels_cuda.portable.tuning import Table, Watched
+from trimaran.platforms.gpu_binaries import Resources, compiling_only, resources, without_card
+from trimaran.platforms.gpu_kernels import table_for
+from trimaran.platforms.gpu_tables import SHARED_LIMIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,94 +49,11 @@ class Compiled:
         )
 
 
-class Watched(Table):
-    """A table that notes the entries it is asked for, as (kernel, number)."""
-
-    picked: set[tuple[str, int]]
-
-    def __init__(self, table: Table) -> None:
-        super().__init__(table.architecture, table.fp8, table.entries, table.max_head_dim)
-        object.__setattr__(self, "picked", set())
-
-    def pick(self, kernel: str, **sizes: int) -> dict[str, Any]:
-        number = next(i for i, e in enumerate(self.entries[kernel]) if e.holds(sizes))
-        self.picked.add((kernel, number))
-        return super().pick(kernel, **sizes)
-
-
-class NoDevice:
-    """Triton's driver where there is no card: it knows the target and nothing else."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-def table_of(architecture: str) -> Table:
-    owner = "kernels_cuda" if architecture.startswith("sm_") else "kernels_hip"
-    return load(ROOT / owner / "tuning" / f"{architecture}.toml")
-
-
-def target_of(architecture: str) -> GPUTarget:
-    """RDNA runs waves of 32, CDNA of 64."""
-    if architecture.startswith("sm_"):
-        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    return GPUTarget("hip", architecture, 32 if architecture.startswith("gfx1") else 64)
-
-
-@contextmanager
-def compiling_only(target: GPUTarget) -> Iterator[list[Any]]:
-    """Inside, launches compile; what they compiled is appended to the list."""
-    triton.runtime.driver.set_active(NoDevice(target))
-    caught: list[Any] = []
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        caught.append(run(self, *args, grid=grid, warmup=True, **options))
-        return caught[-1]
-
-    JITFunction.run = compile_only
-    try:
-        yield caught
-    finally:
-        JITFunction.run = run
-
-
-def resources(binary: Any) -> tuple[int, int, int]:
-    """Registers a thread, spilled bytes a thread, shared memory a block."""
-    shared = int(binary.metadata.shared)
-    if "cubin" in binary.asm:
-        return *_cubin_usage(binary.asm["cubin"]), shared
-    told = re.findall(r"^\s*\.(\w+):\s+(\d+)$", binary.asm["amdgcn"], re.MULTILINE)
-    found = {name: int(value) for name, value in told}
-    spilled = 4 * (found["vgpr_spill_count"] + found["sgpr_spill_count"])
-    return found["vgpr_count"], spilled, max(found["group_segment_fixed_size"], shared)
-
-
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of local memory, which is where they spill."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tool), "-res-usage", file.name]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", told))
-    return int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
-
-
 def compile_cases(cases: Sequence[Case], table: Table) -> list[Compiled]:
     """Those of the cases that fit the architecture; prints a line for each binary."""
     meta, done = torch.device("meta"), []
-    with compiling_only(target_of(table.architecture)) as caught:
+    without_card(table.architecture)
+    with compiling_only() as caught:
         for case in cases:
             if not case.fits(table):
                 continue
@@ -175,10 +71,8 @@ def faults_of(done: Sequence[Compiled], architecture: str) -> list[str]:
     limit, faults = SHARED_LIMIT[architecture], []
     for one in done:
         where = f"{architecture}: {one.kernel}, {one.case}: {one.binary}"
-        if one.spilled:
-            faults.append(f"{where} spills {one.spilled} bytes a thread")
-        if one.shared > limit:
-            faults.append(f"{where} takes {one.shared} bytes of shared memory, not {limit} at most")
+        if excess := Resources(one.registers, one.spilled, one.shared).excess(limit):
+            faults.append(f"{where} {excess}")
     return faults
 
 
@@ -205,7 +99,7 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="*", default=[], help="only these, whatever is reached")
     args = parser.parse_args()
     cases = [case for case in CASES if not args.kernel or case.kernel in args.kernel]
-    table = Watched(table_of(args.architecture))
+    table = Watched(table_for(args.architecture))
     done = compile_cases(first_of_each(cases) if args.quick else cases, table)
     faults = faults_of(done, args.architecture)
     if not (args.quick or args.kernel):

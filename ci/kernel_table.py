@@ -18,13 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from trimaran.platforms.gpu_tables import SHARED_LIMIT
+
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / ".ci" / "cache" / "kernels"
 TABLE = ROOT / "docs" / "kernels.md"
-ARCHITECTURES = (
-    *("sm_80", "sm_89", "sm_90", "sm_100", "sm_120"),
-    *("gfx90a", "gfx942", "gfx950", "gfx1100"),
-)
+ARCHITECTURES = tuple(SHARED_LIMIT)
 
 HEAD = """\
 # What the Triton kernels take

@@ -19,11 +19,12 @@ from sources import in_package, repository_files
 SHARED_FOLDERS = ("core", "server")
 ENVIRONMENT_FILE = Path("core/env.py")
 # Drivers hide devices by variables of their own, which must be known before a driver is started;
-# platforms cannot import the core, and kernels nothing of ours. The compiler's is read when the
-# package is built.
+# platforms cannot import the core, and kernels nothing of ours. Triton is told in its own. The
+# compiler's is read when the package is built.
 OTHER_ENVIRONMENT_FILES = (
     Path("platforms/visible.py"),
     Path("platforms/cpu_threads.py"),
+    Path("platforms/user_environment.py"),
     Path("kernels_cpu/library.py"),
     Path("kernels_cpu/build.py"),
 )

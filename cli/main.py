@@ -23,6 +23,7 @@ COMMANDS = {
     "platforms": "What hardware is here, what was chosen, and why not the rest.",
     "plan": "What a model needs and how fast it can be, before anything is loaded.",
     "verify": "Whether two platforms give the same tokens, and where their layers part.",
+    "tune": "Measure what the GPU kernels are launched with, and write a table for this card.",
     "doctor": "A report on the environment.",
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from .errors import ConfigError
 
@@ -47,14 +46,3 @@ def read_environment(environ: Mapping[str, str] | None = None) -> Environment:
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
     """This process's environment with `changes`, for a process that it starts."""
     return {**os.environ, **changes}
-
-
-def user_cache() -> Path | None:
-    """Where this package keeps what it can make again, by the rules of the XDG base directories;
-    None where there is no home."""
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "trimaran"
-    try:
-        return Path.home() / ".cache" / "trimaran"
-    except RuntimeError:
-        return None

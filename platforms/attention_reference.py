@@ -10,10 +10,10 @@ from .interface import (
     AttentionImpl,
     AttentionSpec,
     Device,
-    KVRegion,
     LayerKV,
     Support,
 )
+from .kv_layout import block_bytes, whole_blocks
 from .transfers import to_accelerator
 
 
@@ -84,15 +84,10 @@ class ReferenceAttention(AttentionImpl):
         tensors = [device.alloc_kv(shape, spec.kv_dtype)]
         if spec.kv_dtype == torch.int8:
             tensors.append(device.alloc_kv(shape[:-1], torch.float32))
-        sizes = [tensor[0].numel() * tensor.element_size() for tensor in tensors]
-        regions = [KVRegion(one, size, size) for one, size in zip(tensors, sizes, strict=True)]
-        return LayerKV(tuple(tensors), tuple(regions))
+        return whole_blocks(tensors)
 
     def block_bytes(self, spec: AttentionSpec) -> int:
-        vector = spec.head_dim * spec.kv_dtype.itemsize
-        if spec.kv_dtype == torch.int8:
-            vector += torch.float32.itemsize
-        return 2 * spec.num_kv_heads * spec.block_size * vector
+        return block_bytes(spec)
 
     def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> AttentionBatch:
         return batch

@@ -18,10 +18,10 @@ from .interface import (
     AttentionImpl,
     AttentionSpec,
     Device,
-    KVRegion,
     LayerKV,
     Support,
 )
+from .kv_layout import SCALE_BYTES, block_bytes, whole_blocks
 
 GRAIN = 16
 """Head sizes and block sizes are multiples of it: the tokens and the dimensions of a vector."""
@@ -32,7 +32,6 @@ TILE_ROWS, TILE_MAX = 96, 256
 """Rows (queries times heads that share a KV head) of a tile: wanted, and at most."""
 ITEMS = 4
 """Tiles heavier than 1 / (ITEMS * threads) of all work are cut."""
-SCALE_BYTES = 4
 
 Ints = NDArray[np.int64]
 
@@ -61,16 +60,12 @@ class NativeAttention(AttentionImpl):
         return Support.yes(f"own kernel, {library().isa}")
 
     def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
-        size = self.block_bytes(spec)
-        elements = size // spec.num_kv_heads // spec.kv_dtype.itemsize
+        elements = block_bytes(spec) // spec.num_kv_heads // spec.kv_dtype.itemsize
         kept = device.alloc_kv((num_blocks, spec.num_kv_heads, elements), spec.kv_dtype)
-        return LayerKV((kept,), (KVRegion(kept, size, size),))
+        return whole_blocks([kept])
 
     def block_bytes(self, spec: AttentionSpec) -> int:
-        vector = spec.head_dim * spec.kv_dtype.itemsize
-        if spec.kv_dtype == torch.int8:
-            vector += SCALE_BYTES
-        return 2 * spec.num_kv_heads * spec.block_size * vector
+        return block_bytes(spec)
 
     def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Plan:
         return _make_plan(spec, batch)

@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from .interface import (
     StepInput,
     WeightPacker,
 )
+from .user_environment import fuse_unless_told
 
 ROOT = Path(__file__).resolve().parents[1]
 GENERIC = "generic"
@@ -59,40 +61,40 @@ def triton_missing() -> str:
     return ""
 
 
+def _with_triton(module: str) -> Any:
+    """A neighbour that imports Triton: a second that no other platform has to wait for."""
+    fuse_unless_told()
+    return importlib.import_module(f".{module}", __package__)
+
+
 def portable_ops(table: Table) -> Sequence[OpImpl]:
-    """All ops of the portable kernels. Only where Triton is: its import is a second that no other
-    platform has to wait for."""
-    ops = importlib.import_module(".gpu_triton", __package__).triton_ops(table)
-    weights = importlib.import_module(".gpu_weights", __package__)
+    """All ops of the portable kernels. Only where Triton is."""
+    weights = _with_triton("gpu_weights")
+    ops = _with_triton("gpu_triton").triton_ops(table)
     return (*ops, weights.QuantizedLinear(table), weights.TritonMoe(table))
 
 
 def portable_packers() -> Sequence[WeightPacker]:
-    found: Sequence[WeightPacker] = importlib.import_module(
-        ".gpu_weights", __package__
-    ).gpu_packers()
-    return found
+    packers: Sequence[WeightPacker] = _with_triton("gpu_weights").gpu_packers()
+    return packers
 
 
 def portable_attention(table: Table) -> AttentionImpl:
-    found: AttentionImpl = importlib.import_module(".gpu_attention", __package__).TritonAttention(
-        table
-    )
-    return found
+    attention: AttentionImpl = _with_triton("gpu_attention").TritonAttention(table)
+    return attention
 
 
 def build_portable_step(graph: StepGraph, devices: Mapping[torch.device, Device]) -> StepFn | None:
     """The step by the portable kernels, on that of the open `devices` where its buffers lie."""
     buffers = (one for node in graph.nodes for one in node.arguments if isinstance(one, StepInput))
     device = devices[next(buffers).tensor.device]
-    module = importlib.import_module(".gpu_step", __package__)
-    built: StepFn | None = module.compile_step(graph, device)
+    built: StepFn | None = _with_triton("gpu_step").compile_step(graph, device)
     return built
 
 
-def describe_kernels(architecture: str) -> str:
-    """One line for people."""
+def describe_kernels(origin: str) -> str:
+    """One line for people; `origin` says which table they are launched with."""
     if triton_missing():
         return f"torch's own; {triton_missing()}"
     version = importlib.import_module("triton").__version__
-    return f"Triton {version}, tuned for {table_for(architecture).architecture}"
+    return f"Triton {version}, {origin}"

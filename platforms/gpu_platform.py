@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..kernels_cuda.portable.tuning import Table
 from . import gpu_cards, host
 from .accelerator_communicator import missing_nccl, open_accelerator_communicator
 from .attention_reference import ReferenceAttention
@@ -23,11 +22,11 @@ from .gpu_kernels import (
     describe_kernels,
     portable_attention,
     portable_packers,
-    table_for,
     triton_missing,
 )
 from .gpu_ops import gpu_ops
 from .gpu_tables import Architecture, CardModel, capabilities_of, model_of
+from .gpu_user_table import TableInUse, table_in_use
 from .gpu_wheels import Wheel, installed_wheel
 from .interface import (
     DENSE,
@@ -92,14 +91,15 @@ class GpuPlatform(Platform):
     def _cards(self) -> tuple[Card, ...]:
         return self.survey().cards
 
-    def _card(self, device: int) -> Card:
+    def card(self, device: int = 0) -> Card:
+        """ValueError where there is no such device."""
         if device not in range(len(self._cards)):
             found = len(self._cards)
             raise ValueError(f"{self.name} has {found} devices; there is no device {device}.")
         return self._cards[device]
 
     def capabilities(self, device: int = 0) -> Capabilities:
-        architecture = self._card(device).architecture
+        architecture = self.card(device).architecture
         # Of one that no table knows only what every GPU that torch serves can do is promised.
         known = self.architectures.get(architecture, Architecture("unknown", "emulated"))
         found = capabilities_of(architecture, known)
@@ -108,11 +108,11 @@ class GpuPlatform(Platform):
         return found
 
     def roofline(self, device: int = 0) -> Roofline | None:
-        model = model_of(self._card(device).name, self.models)
+        model = model_of(self.card(device).name, self.models)
         return None if model is None else model.roofline
 
     def open(self, device: int = 0, num_threads: int | None = None) -> Device:
-        card = self._card(device)
+        card = self.card(device)
         if num_threads is not None:
             torch.set_num_threads(num_threads)
         try:
@@ -131,18 +131,18 @@ class GpuPlatform(Platform):
         return weakref.WeakValueDictionary()
 
     @functools.cached_property
-    def _table(self) -> Table:
+    def kernel_table(self) -> TableInUse:
         """What the portable kernels are launched with: of cards of different architectures, what
         any of them can run."""
         architectures = {card.architecture for card in self._cards}
-        return table_for(architectures.pop() if len(architectures) == 1 else GENERIC)
+        return table_in_use(architectures.pop() if len(architectures) == 1 else GENERIC)
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return gpu_ops(self._table)
+        return gpu_ops(self.kernel_table.table)
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
         plain = (TorchPagedAttention(), ReferenceAttention())
-        return plain if triton_missing() else (portable_attention(self._table), *plain)
+        return plain if triton_missing() else (portable_attention(self.kernel_table.table), *plain)
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
         packers = () if triton_missing() else portable_packers()
@@ -188,7 +188,7 @@ class GpuPlatform(Platform):
             "devices": gpu_cards.summary(probe.devices) or "none",
             "now": "; ".join(states) if any(states) else "not known",
             "torch": f"{wheel.version}, {self.vendor_facts.software} {self.built_for(wheel)}",
-            "kernels": describe_kernels(self._table.architecture),
+            "kernels": describe_kernels(self.kernel_table.origin),
             "collectives": missing_nccl() or "NCCL",
         }
 

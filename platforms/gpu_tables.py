@@ -3,12 +3,13 @@
 Sources. Formats of the matrix units: NVIDIA's "CUDA C++ Programming Guide", table "Feature Support
 per Compute Capability" (bfloat16 from 8.0 on) and PTX ISA, "mma" (e4m3 from sm_89 on); AMD's "ROCm
 precision support" page (FNUZ float8 on gfx942, OCP float8 on gfx950 and gfx12, none before) and the
-instruction set documents of CDNA 1 to 4 and RDNA 3, 3.5, 4 (bfloat16 MFMA / WMMA). Memory that is
-the host's: NVIDIA's "CUDA GPU Compute Capability" pages (7.2, 8.7, 11.0: Jetson; 12.1: GB10) with
-"CUDA for Tegra", and those that LLVM's "User Guide for AMDGPU Backend" calls APUs (of gfx942, where
-MI300A is one and MI300X is none, an architecture cannot say). Figures of cards:
-the data sheet named in each entry, always the dense rate; memory: what the vendor's tool reports
-for the card where a public report of it was found, otherwise the data sheet's size.
+instruction set documents of CDNA 1 to 4 and RDNA 3, 3.5, 4 (bfloat16 MFMA / WMMA, LDS). Shared
+memory of a block: the former's table "Technical Specifications per Compute Capability". Memory
+that is the host's: NVIDIA's "CUDA GPU Compute Capability" pages (7.2, 8.7, 11.0: Jetson; 12.1:
+GB10) with "CUDA for Tegra", and those that LLVM's "User Guide for AMDGPU Backend" calls APUs (of
+gfx942, where MI300A is one and MI300X is none, an architecture cannot say). Figures of cards: the
+data sheet named in each entry, always the dense rate; memory: what the vendor's tool reports for
+the card where a public report of it was found, otherwise the data sheet's size.
 """
 
 from __future__ import annotations
@@ -31,6 +32,19 @@ from .interface import (
 
 _MIB = 1 << 20
 _GB, _TFLOP = 1e9, 1e12
+SHARED_LIMIT: Mapping[str, int] = {
+    "sm_80": 163 << 10,
+    "sm_89": 99 << 10,
+    "sm_90": 227 << 10,
+    "sm_100": 227 << 10,
+    "sm_120": 99 << 10,
+    "gfx90a": 64 << 10,
+    "gfx942": 64 << 10,
+    "gfx950": 160 << 10,
+    "gfx1100": 64 << 10,
+}
+"""Architectures that kernels are compiled for without a card -> bytes of shared memory that a
+thread block may have there (of LDS that a work group may)."""
 _KV_DTYPES = ("bfloat16", "float16", "float32", "int8")
 
 

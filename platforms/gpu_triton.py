@@ -45,7 +45,8 @@ LAUNCHES: dict[str, Callable[..., Any]] = {
     "sample": sampling.argmax,
     "draw": lambda logits, floats, ints, short, table: sampling.draw(logits, floats, ints, table),
 }
-"""The ops whose launch takes exactly their arguments."""
+"""By op, what takes its arguments and then a table. (`draw` is told `short` for references that
+look at the first candidates alone: the kernel makes its own list.)"""
 
 
 def triton_ops(table: Table) -> list[OpImpl]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from .interface import Platform, PlatformUnavailable, Probe
 from .loading import TRIAL_SECONDS, ask, load, one_line, reason_of
+from .user_environment import user_cache as user_cache  # the core's, too
 
 if TYPE_CHECKING:
     from packaging.specifiers import SpecifierSet

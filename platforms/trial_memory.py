@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from .manifest import Manifest
+from .user_environment import user_cache
 
 _FORMAT = 1
 
@@ -75,10 +76,8 @@ def _is_entry(entry: object) -> bool:
 
 
 def _default_path() -> Path | None:
-    try:
-        return Path.home() / ".cache" / "trimaran" / "platforms.json"
-    except RuntimeError:  # nobody's home
-        return None
+    cache = user_cache()
+    return None if cache is None else cache / "platforms.json"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ...platforms.interface import Device, PackedWeight
+from ...platforms.registry import user_cache
 from ..config import ModelSpec
-from ..env import user_cache
 from ..ops import OpBinder
 
 logger = logging.getLogger("trimaran.loader")

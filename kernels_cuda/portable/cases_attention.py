@@ -13,8 +13,6 @@ from .case import Case
 from .paged import PagedCache
 from .tuning import Table
 
-BLOCKS = 512
-
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -46,7 +44,9 @@ def attention_call(
         query = torch.empty(
             sum(queries), layer.num_heads, layer.head_dim, dtype=layer.dtype, device=device
         )
-        kept = (BLOCKS, layer.num_kv_heads, layer.block_size, layer.head_dim)
+        each = -(-keys // layer.block_size)
+        blocks = len(queries) * each  # none is shared: a cache's second reading is a cheap one
+        kept = (blocks, layer.num_kv_heads, layer.block_size, layer.head_dim)
         both = [
             torch.empty(kept, dtype=torch.float32, device=device).normal_().to(layer.kv_dtype)
             for _ in "kv"
@@ -57,12 +57,7 @@ def attention_call(
             cache = cache._replace(key_scales=scales, value_scales=scales)
         starts = torch.tensor([0, *queries], device=device).cumsum(0).int()
         sequences = attention.Sequences(
-            torch.randint(
-                BLOCKS,
-                (len(queries), -(-keys // layer.block_size)),
-                dtype=torch.int32,
-                device=device,
-            ),
+            torch.rand(blocks, device=device).argsort().int().view(len(queries), each),
             starts,
             torch.full((len(queries),), keys, dtype=torch.int32, device=device),
             max(queries),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import gemm, moe, quantize
-from .case import HALF, Case, float8, rand, short
+from .case import HALF, Case, float8, integers, rand, short
 from .tuning import Table
 
 INT8, E4M3, FNUZ = torch.int8, torch.float8_e4m3fn, torch.float8_e4m3fnuz
@@ -26,7 +26,7 @@ def _codes(device: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _int4(device: torch.device, out: int, size: int, group: int = 128) -> gemm.Int4:
-    codes = torch.zeros(out, size // 2, dtype=torch.uint8, device=device)
+    codes = integers(device, 256, out, size // 2, dtype=torch.uint8)
     zeros = torch.full((size // group, out), 8, dtype=torch.uint8, device=device)
     return gemm.Int4(codes, _ones(device, size // group, out), zeros)
 
@@ -90,8 +90,8 @@ def _route(tokens: int, experts: int, top_k: int) -> Case:
 
 def _sort(tokens: int, experts: int, top_k: int) -> Case:
     def call(device: torch.device, table: Table) -> Launch:
-        scores = torch.zeros(tokens, top_k, dtype=torch.int32, device=device)
-        return lambda: moe.sort_by_expert(scores, experts, table)
+        chosen = integers(device, experts, tokens, top_k)
+        return lambda: moe.sort_by_expert(chosen, experts, table)
 
     return Case("moe_sort", f"{tokens}, {top_k} of {experts}", call)
 
@@ -112,7 +112,7 @@ EXPERT_TOKENS = (16, 512, 4096)
 def _experts(
     kernel: str, tokens: int, weight: Callable[[torch.device, int, int], moe.Experts], label: str
 ) -> Case:
-    """Both products of a layer, in an order that one expert for all would give."""
+    """Both products of a layer whose experts have as many pairs each."""
 
     def call(device: torch.device, table: Table) -> Launch:
         dtype = torch.float32 if label == "float32" else HALF
@@ -121,14 +121,12 @@ def _experts(
         gate_up = weight(device, EXPERTS * 2 * WIDTH, HIDDEN)
         down = weight(device, EXPERTS * HIDDEN, WIDTH)
         order = torch.arange(tokens * TOP_K, dtype=torch.int32, device=device)
-        counts = torch.zeros(EXPERTS, dtype=torch.int32, device=device)
-        counts[:1] = tokens * TOP_K
-
-        def launch() -> None:
-            moe.expert_products(x, gate_up, order, counts, table, gated=True)
-            moe.expert_products(inner, down, order, counts, table, gated=False)
-
-        return launch
+        each = tokens * TOP_K // EXPERTS
+        counts = torch.full((EXPERTS,), each, dtype=torch.int32, device=device)
+        return lambda: (
+            moe.expert_products(x, gate_up, order, counts, table, gated=True),
+            moe.expert_products(inner, down, order, counts, table, gated=False),
+        )
 
     fp8 = next((dtype for dtype in (E4M3, FNUZ) if short(dtype) == label), None)
     return Case(kernel, f"{tokens} tokens {label}", call, fp8)

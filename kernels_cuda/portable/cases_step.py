@@ -48,8 +48,13 @@ def _add(tokens: int, size: int) -> Case:
 
 def _cache(device: torch.device, kv_heads: int, dim: int, dtype: torch.dtype) -> PagedCache:
     shape = (1024, kv_heads, 16, dim)
-    scales = torch.empty(2, *shape[:-1], device=device) if dtype == torch.int8 else ()
-    return PagedCache(*torch.empty(2, *shape, dtype=dtype, device=device), *scales)
+    scales = torch.zeros(2, *shape[:-1], device=device) if dtype == torch.int8 else ()
+    return PagedCache(*torch.zeros(2, *shape, device=device).to(dtype), *scales)
+
+
+def _slots(device: torch.device) -> torch.Tensor:
+    """Of 256 tokens, far apart and all different."""
+    return (torch.arange(256, device=device) * 61 % 16384).int()
 
 
 def _rope(heads: int, kv_heads: int, dim: int, rotary: int) -> Case:
@@ -69,8 +74,13 @@ def _rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, normed:
         positions = integers(device, 4096, 256, dtype=torch.int64)
         rotation = cache.Rotation(positions, rand(device, 4096, dim, dtype=torch.float32))
         norms = cache.HeadNorms(rand(device, dim), rand(device, dim), 1e-6) if normed else None
-        kept, slots = _cache(device, kv_heads, dim, dtype), integers(device, 16384, 256)
-        return lambda: cache.rope_write(query, key, value, rotation, kept, slots, table, norms)
+        kept, slots = _cache(device, kv_heads, dim, dtype), _slots(device)
+
+        def launch() -> tuple[torch.Tensor, PagedCache]:
+            found = cache.rope_write(query, key, value, rotation, kept, slots, table, norms)
+            return found, kept
+
+        return launch
 
     label = f"{heads}/{kv_heads}x{dim} {short(dtype)}{' normed' if normed else ''}"
     return Case("rope", label, call, float8(dtype))
@@ -79,8 +89,13 @@ def _rope_write(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, normed:
 def _cache_write(kv_heads: int, dim: int, dtype: torch.dtype) -> Case:
     def call(device: torch.device, table: Table) -> Launch:
         key, value = rand(device, 256, 2 * kv_heads, dim).chunk(2, dim=1)
-        kept, slots = _cache(device, kv_heads, dim, dtype), integers(device, 16384, 256)
-        return lambda: cache.write(key, value, kept, slots, table)
+        kept, slots = _cache(device, kv_heads, dim, dtype), _slots(device)
+
+        def launch() -> PagedCache:
+            cache.write(key, value, kept, slots, table)
+            return kept
+
+        return launch
 
     return Case("cache_write", f"{kv_heads}x{dim} {short(dtype)}", call, float8(dtype))
 
@@ -109,7 +124,12 @@ def _penalties(rows: int, vocab: int) -> Case:
         counts, tokens = integers(device, 3, rows, vocab), integers(device, vocab, rows, 4096)
         places = torch.arange(rows, device=device).repeat(4, 1)
         settings = torch.ones(rows, 3, device=device)
-        return lambda: logits.apply_penalties(scores, counts, tokens, places, settings, table)
+
+        def launch() -> torch.Tensor:
+            logits.apply_penalties(scores, counts, tokens, places, settings, table)
+            return scores
+
+        return launch
 
     return Case("penalties", f"{rows}x{vocab}", call)
 
@@ -119,7 +139,12 @@ def _bitmask(rows: int, vocab: int) -> Case:
         scores = rand(device, rows, vocab, dtype=torch.float32)
         mask = integers(device, 2**31, rows, -(-vocab // 32))
         index = torch.arange(rows, device=device)
-        return lambda: logits.apply_bitmask(scores, mask, table, index)
+
+        def launch() -> torch.Tensor:
+            logits.apply_bitmask(scores, mask, table, index)
+            return scores
+
+        return launch
 
     return Case("bitmask", f"{rows}x{vocab}", call)
 
@@ -150,7 +175,12 @@ def _lora(kernel: str, tokens: int, rank: int, dtype: torch.dtype) -> Case:
         x, y = rand(device, tokens, 4096, dtype=dtype), rand(device, tokens, 6144, dtype=dtype)
         a, b = rand(device, 8, rank, 4096, dtype=dtype), rand(device, 8, 6144, rank, dtype=dtype)
         index, scales = integers(device, 8, tokens), torch.ones(8, device=device)
-        return lambda: lora.add_lora(y, x, index, a, b, scales, table)
+
+        def launch() -> torch.Tensor:
+            lora.add_lora(y, x, index, a, b, scales, table)
+            return y
+
+        return launch
 
     return Case(kernel, f"{tokens}x4096x{rank}x6144 {short(dtype)}", call)
 

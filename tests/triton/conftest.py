@@ -3,8 +3,6 @@ in Triton's interpreter (tests/conftest.py asks for it)."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -13,11 +11,10 @@ triton = pytest.importorskip("triton")
 from helpers import interpreter  # noqa: E402
 
 from trimaran.kernels_cuda.portable import tuning  # noqa: E402
+from trimaran.platforms.gpu_kernels import GENERIC, table_for  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     interpreter.mend()
-
-TABLES = Path(tuning.__file__).parents[1] / "tuning"
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +25,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def table() -> tuning.Table:
     """The table of any GPU. (Each entry of each table is compiled by another row of CI.)"""
-    return tuning.load(TABLES / "generic.toml").constants_only()
+    return table_for(GENERIC).constants_only()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from trimaran.kernels_cuda.portable import tuning
+from trimaran.platforms.user_environment import FUSION
 
 ROOT = Path(__file__).parents[2]
 PLANTED = ROOT / "tests" / "helpers" / "planted_kernels.py"
@@ -22,10 +24,14 @@ TABLES = sorted(ROOT.glob("kernels_*/tuning/*.toml"))
 )
 def test_planted_kernels(planted: str, told: str, architecture: str) -> None:
     command = [sys.executable, str(PLANTED), architecture, planted]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    undecided = {name: value for name, value in os.environ.items() if name != FUSION}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False, env=undecided
+    )
     faults = [line for line in done.stdout.splitlines() if line.startswith(f"{architecture}: ")]
     assert done.returncode == bool(told), done.stdout + done.stderr
     assert bool(told) == any(told in fault for fault in faults)
+    assert "FP_FUSION" not in done.stderr, "Triton 3.9 warns where nobody has decided"
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ from trimaran.platforms.interface import (
     PlatformUnavailable,
 )
 from trimaran.platforms.rocm import RocmPlatform
+from trimaran.platforms.user_environment import FUSION
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -246,6 +248,17 @@ def test_ops_are_bound_to_portable_kernels_or_without_triton_to_torchs(
     assert found.pop("add") == "reference"
     assert set(found.values()) == {"torch"}
     assert CudaPlatform().weight_packers() == {}
+
+
+@pytest.mark.parametrize("told, kept", [(None, "1"), ("0", "0")])
+def test_serving_compiles_what_ci_does_unless_told(
+    told: str | None, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FUSION, told or "")
+    if told is None:
+        monkeypatch.delenv(FUSION)
+    CudaPlatform().weight_packers()
+    assert os.environ[FUSION] == kept
 
 
 # ---------------------------------------------------------------------------------------------
