@@ -118,8 +118,9 @@ class EngineArgs:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "KV cache element type (`int8`: quantized, where the platform keeps such a cache).",
-        choices=("auto", "bfloat16", "float16", "float32", "int8"),
+        "KV cache element type. Where the platform keeps such a cache: `int8` (a scale for each "
+        "vector), `fp8` or `fp8_e4m3`, `fp8_e5m2` (no scale).",
+        choices=("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"),
     )
     block_size: int | None = option(None, "Tokens a KV block (the platform's choice).")
     num_gpu_blocks_override: int | None = option(None, "Exact number of KV blocks.")

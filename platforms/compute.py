@@ -87,6 +87,9 @@ class AttentionSpec:
     """One layer's attention. `scale` multiplies q·k; `sliding_window` counts the keys a query
     sees, itself included (None: all); `softcap` 0 is none. `kv_dtype` int8 is a quantized cache,
     whose scales are the implementation's own matter: `block_bytes` and the regions hold them too.
+    A float8 (e4m3fn, e5m2; e4m3fnuz where the card has that one) has no scale: keys and values are
+    rounded to it, what is beyond its range becomes its largest number, and they are widened to
+    `dtype` before anything is computed.
 
     `alibi_slopes`, one a query head (of this rank's heads, where ranks share them; (): none): a
     score is lowered by slope * |query position - key position| (ALiBi, Press et al. 2022, section

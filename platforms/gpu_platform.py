@@ -134,8 +134,12 @@ class GpuPlatform(Platform):
     def _table(self) -> Table:
         """What the portable kernels are launched with: of cards of different architectures, what
         any of them can run."""
-        architectures = {card.architecture for card in self._cards}
-        return table_for(architectures.pop() if len(architectures) == 1 else GENERIC)
+        names = {card.architecture for card in self._cards}
+        table = table_for(next(iter(names)) if len(names) == 1 else GENERIC)
+        kept = [self.capabilities(device).kv_dtypes for device in range(len(self._cards))]
+        # A relative's table, and the one of any GPU, may name types which these cards lack.
+        fp8 = tuple(kind for kind in table.fp8 if all(kind in kinds for kinds in kept))
+        return dataclasses.replace(table, fp8=fp8)
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
         return gpu_ops(self._table)

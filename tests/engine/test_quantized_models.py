@@ -333,29 +333,31 @@ def test_codes_take_the_memory_of_codes() -> None:
     assert matrices("int8", "strict") == matrices(None)
 
 
-# -- caches in int8 -------------------------------------------------------------------------------
+# -- caches in 8 bits -----------------------------------------------------------------------------
 
 
-def test_a_cache_in_int8_serves_and_is_refused_where_there_is_none() -> None:
+@pytest.mark.parametrize("kept", ["int8", "fp8"])
+def test_a_cache_in_8_bits_serves_and_is_refused_where_there_is_none(kept: str) -> None:
     exact = tokens("llama3", platform="strict")
-    found = tokens("llama3", platform="strict", kv_cache_dtype="int8")
+    found = tokens("llama3", platform="strict", kv_cache_dtype=kept)
     same = sum(a == b for x, y in zip(exact, found, strict=True) for a, b in zip(x, y, strict=True))
-    assert found != exact and same > 16, "near, and not the same"
-    with open_loop("llama3", platform="strict", kv_cache_dtype="int8") as loop:
+    assert found != exact and same > (16 if kept == "int8" else 8), "near, and not the same"
+    with open_loop("llama3", platform="strict", kv_cache_dtype=kept) as loop:
         ids = prompt(70, 3)
         first = loop.run([greedy("0", ids, 8)])["0", 0]
         again = loop.run([greedy("1", ids, 8)])["1", 0]
         assert again.num_cached >= 48 and again.tokens == first.tokens
-    with pytest.raises(ConfigError, match="'cpu' keeps no int8 KV cache; it keeps float32"):
-        tokens("llama3", platform=CPU, kv_cache_dtype="int8")
+    with pytest.raises(ConfigError, match=f"'cpu' keeps no {kept} KV cache; it keeps float32"):
+        tokens("llama3", platform=CPU, kv_cache_dtype=kept)
 
 
-def test_a_platform_that_names_no_cache_has_none_in_int8() -> None:
+def test_a_platform_that_names_no_cache_has_none_in_8_bits() -> None:
     class Silent(StrictPlatform):
         def capabilities(self, device: int = 0) -> Capabilities:
             return Capabilities({"float32": "native", "float16": "native"})
 
     known = Silent().capabilities()
     assert choose_kv_dtype("auto", torch.float16, known, "silent") == torch.float16
-    with pytest.raises(ConfigError, match="it keeps float32, float16"):
-        choose_kv_dtype("int8", torch.float16, known, "silent")
+    for kept in ("int8", "fp8", "fp8_e5m2"):
+        with pytest.raises(ConfigError, match=f"no {kept} KV cache; it keeps float32, float16"):
+            choose_kv_dtype(kept, torch.float16, known, "silent")
