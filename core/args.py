@@ -16,7 +16,7 @@ DEFAULT_MODEL = "default"
 # Fields that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
 SIZE_FIELDS = ("max_model_len", "kv_cache_memory_bytes")
 # Formats that weights are quantized to at load.
-QUANTIZATIONS = ("int8", "int4", "w4a16")
+QUANTIZATIONS = ("int8", "int4", "w4a16", "fp8")
 # Numbers of an engine that mean nothing below one.
 AT_LEAST_ONE = (
     "num_threads",
@@ -85,8 +85,9 @@ class EngineArgs:
         None,
         "Quantize the weights of linear layers at load: `int8` by output, `int4` by groups of up "
         "to 128 inputs (the head in int8), and activations rounded to int8 where the platform "
-        "gains by it; `w4a16` as int4, with activations and head as they are. Left out: all stays "
-        "as it is.",
+        "gains by it; `w4a16` as int4, with activations and head as they are; `fp8` by output, "
+        "with activations in FP8 where the platform multiplies those (the head in int8). Left out: "
+        "all stays as it is.",
         choices=QUANTIZATIONS,
     )
     packed_cache: str = option(

@@ -25,6 +25,11 @@ INT8 = "int8"
 """Format of a weight in 8 bits, symmetric, with a scale for each output: `codes` int8 `[out, in]`
 in [-127, 127] and `scales` fp32 `[out]`; a value is code * scale. A row of zeros has scale 0."""
 
+FP8 = "fp8"
+"""Format of a weight in float8 with a scale for each output: `codes` float8_e4m3fn `[out, in]`, all
+finite, and `scales` fp32 `[out]`; a value is code * scale. A row of zeros has scale 0. A platform
+whose units read another encoding turns the codes into that one."""
+
 INT4 = "int4"
 """Format of a weight in 4 bits, with a scale and a zero for each group of inputs: `codes` uint8
 `[out, in]` in 0..15 (one a byte), `scales` fp32 and `zeros` uint8 `[out, in / group]`; a value is

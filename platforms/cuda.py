@@ -14,7 +14,7 @@ from .visible import read_visibility
 class CudaPlatform(GpuPlatform):
     name = "cuda"
     vendor = "nvidia"
-    api = ApiRange((0, 4), (0, 4))
+    api = ApiRange((0, 5), (0, 5))
     vendor_facts = Vendor("NVIDIA", "CUDA", CUDA_INDEXES, "CUDA_DEVICE_ORDER=PCI_BUS_ID")
     architectures = NVIDIA
     models = NVIDIA_CARDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -59,18 +59,19 @@ def triton_missing() -> str:
     return ""
 
 
-def portable_ops(table: Table) -> Sequence[OpImpl]:
+def portable_ops(table: Table, cards: Collection[str]) -> Sequence[OpImpl]:
     """All ops of the portable kernels. Only where Triton is: its import is a second that no other
     platform has to wait for."""
     ops = importlib.import_module(".gpu_triton", __package__).triton_ops(table)
     weights = importlib.import_module(".gpu_weights", __package__)
-    return (*ops, weights.QuantizedLinear(table), weights.TritonMoe(table))
+    scaled = importlib.import_module(".gpu_scaled_mm", __package__).ScaledMm(table, cards)
+    return (*ops, scaled, weights.QuantizedLinear(table), weights.TritonMoe(table))
 
 
-def portable_packers() -> Sequence[WeightPacker]:
+def portable_packers(table: Table) -> Sequence[WeightPacker]:
     found: Sequence[WeightPacker] = importlib.import_module(
         ".gpu_weights", __package__
-    ).gpu_packers()
+    ).gpu_packers(table)
     return found
 
 

@@ -142,14 +142,14 @@ class GpuPlatform(Platform):
         return dataclasses.replace(table, fp8=fp8)
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return gpu_ops(self._table)
+        return gpu_ops(self._table, {card.architecture for card in self._cards})
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
         plain = (TorchPagedAttention(), ReferenceAttention())
         return plain if triton_missing() else (portable_attention(self._table), *plain)
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
-        packers = () if triton_missing() else portable_packers()
+        packers = () if triton_missing() else portable_packers(self._table)
         return {packer.format: packer for packer in packers}
 
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from .interface import (
     DENSE,
+    FP8,
     INT4,
     INT8,
     W4A16,
@@ -93,7 +94,7 @@ def capabilities_of(architecture: str, found: Architecture) -> Capabilities:
     return Capabilities(
         dtypes={"float32": "native", "float16": "native", "bfloat16": found.bfloat16},
         kv_dtypes=(*_KV_DTYPES, *_FLOAT8[found.fp8], *found.kept),
-        weight_formats=(DENSE, INT8, INT4, W4A16),
+        weight_formats=(DENSE, INT8, INT4, W4A16, *((FP8,) if found.fp8 else ())),
         fp8=found.fp8,
         isa=architecture,
         graph_replay=True,

@@ -14,7 +14,7 @@ from .visible import read_visibility
 class RocmPlatform(GpuPlatform):
     name = "rocm"
     vendor = "amd"
-    api = ApiRange((0, 4), (0, 4))
+    api = ApiRange((0, 5), (0, 5))
     vendor_facts = Vendor("AMD", "ROCm", ROCM_INDEXES)
     architectures = AMD
     models = AMD_CARDS

@@ -58,7 +58,7 @@ class StrictKnobs:
 class StrictPlatform(Platform):
     name = "strict"
     vendor = "none"
-    api = ApiRange((0, 4), (0, 4))
+    api = ApiRange((0, 5), (0, 5))
 
     def __init__(self, knobs: StrictKnobs | None = None) -> None:
         self.knobs = knobs or StrictKnobs()

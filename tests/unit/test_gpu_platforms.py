@@ -30,6 +30,7 @@ from trimaran.platforms.interface import (
     AttentionSpec,
     Communicator,
     GroupSpec,
+    OpSignature,
     PlatformUnavailable,
 )
 from trimaran.platforms.rocm import RocmPlatform
@@ -131,6 +132,19 @@ def test_an_attention_takes_the_float8_that_its_cards_convert(
         answer = platform.attention(spec)[0].supports(spec)
         assert bool(answer) == (name in known.kv_dtypes), answer.reason
     assert kept in known.kv_dtypes
+
+
+@pytest.mark.parametrize(("capability", "has"), [((8, 0), False), ((8, 6), False), ((9, 0), True)])
+def test_fp8_weights_are_packed_where_the_matrix_units_read_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has: bool
+) -> None:
+    platform = cuda_with(monkeypatch, replace(answers.L4, capability=capability))
+    formats = platform.capabilities().weight_formats
+    assert ("fp8" in formats) == has
+    assert {*platform.weight_packers(), "dense"} == set(formats)
+    use = OpSignature("linear", torch.bfloat16, {"in_features": 64, "out_features": 32}, "fp8")
+    (scaled,) = (impl for impl in platform.ops()["linear"] if impl.name == "scaled_mm")
+    assert bool(scaled.supports(use)) == has
 
 
 def test_fp8_is_the_kind_that_the_platform_keeps() -> None:
