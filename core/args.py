@@ -123,6 +123,9 @@ class EngineArgs:
         "vector), `fp8` or `fp8_e4m3`, `fp8_e5m2` (no scale).",
         choices=("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"),
     )
+    attention_backend: str = option(
+        "auto", "Attention implementation to use, of those that `trimaran platforms` names."
+    )
     block_size: int | None = option(None, "Tokens a KV block (the platform's choice).")
     num_gpu_blocks_override: int | None = option(None, "Exact number of KV blocks.")
     enable_prefix_caching: bool = option(True, "Reuse KV blocks of equal prefixes.")

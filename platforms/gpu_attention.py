@@ -22,7 +22,7 @@ from .interface import (
     LayerKV,
     Support,
 )
-from .transfers import to_accelerator
+from .transfers import movable, to_accelerator
 
 GRAIN = 16
 """A matrix instruction's rows: block sizes and head sizes are multiples of it."""
@@ -145,7 +145,7 @@ class TritonAttention(AttentionImpl):
         return attention.attend(query, kept, metadata.plan, slopes=metadata.slopes)
 
     def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
-        found = torch.stack([_movable(kept).index_select(0, blocks) for kept in kv.tensors[:2]])
+        found = torch.stack([movable(kept).index_select(0, blocks) for kept in kv.tensors[:2]])
         found = found.view(spec.kv_dtype)
         if spec.kv_dtype == torch.int8:
             scales = torch.stack([scale.index_select(0, blocks) for scale in kv.tensors[2:]])
@@ -160,13 +160,7 @@ class TritonAttention(AttentionImpl):
         parts = [*quantize_vectors(new)] if quantized else [rounded(new, spec.kv_dtype)]
         tensors = zip(kv.tensors, (half for part in parts for half in part), strict=True)
         for kept, half in tensors:
-            _movable(kept).index_copy_(0, blocks, _movable(half))
-
-
-def _movable(kept: Tensor) -> Tensor:
-    """float8 as bytes: torch copies them by index everywhere, and float8 itself not."""
-    whole = kept.dtype in (*COMPUTED, torch.int8)
-    return kept if whole else kept.view(torch.uint8)
+            movable(kept).index_copy_(0, blocks, movable(half))
 
 
 def paged(kv: LayerKV) -> PagedCache:

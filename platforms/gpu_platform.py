@@ -26,6 +26,7 @@ from .gpu_kernels import (
     table_for,
     triton_missing,
 )
+from .gpu_library_attention import LibraryAttention
 from .gpu_ops import gpu_ops
 from .gpu_tables import Architecture, CardModel, capabilities_of, model_of
 from .gpu_wheels import Wheel, installed_wheel
@@ -64,6 +65,7 @@ class GpuPlatform(Platform):
     vendor_facts: ClassVar[Vendor]
     architectures: ClassVar[Mapping[str, Architecture]]
     models: ClassVar[tuple[CardModel, ...]]
+    libraries: ClassVar[tuple[type[LibraryAttention], ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -145,8 +147,10 @@ class GpuPlatform(Platform):
         return gpu_ops(self._table, {card.architecture for card in self._cards})
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
-        plain = (TorchPagedAttention(), ReferenceAttention())
-        return plain if triton_missing() else (portable_attention(self._table), *plain)
+        own = () if triton_missing() else (portable_attention(self._table),)
+        names = {card.architecture for card in self._cards}
+        found = [kind(names) for kind in self.libraries if kind.library.installed()]
+        return (*own, *found, TorchPagedAttention(), ReferenceAttention())
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
         packers = () if triton_missing() else portable_packers(self._table)

@@ -8,6 +8,7 @@ from .gpu_platform import GpuPlatform
 from .gpu_tables import AMD, AMD_CARDS
 from .gpu_wheels import ROCM_INDEXES, Wheel
 from .interface import ApiRange, Telemetry
+from .rocm_aiter import Aiter
 from .visible import read_visibility
 
 
@@ -18,6 +19,7 @@ class RocmPlatform(GpuPlatform):
     vendor_facts = Vendor("AMD", "ROCm", ROCM_INDEXES)
     architectures = AMD
     models = AMD_CARDS
+    libraries = (Aiter,)
 
     @classmethod
     def survey(cls) -> Survey:
