@@ -182,7 +182,9 @@ class GpuPlatform(Platform):
         return {"OMP_NUM_THREADS": str(int(plan.get("num_threads") or share))}
 
     def communicator(self, group: GroupSpec, device: Device) -> Communicator:
-        return open_accelerator_communicator(group, device)
+        several = group.size > 1 and not missing_nccl()
+        peers = several and self.capabilities(device.index).peer_to_peer
+        return open_accelerator_communicator(group, device, peers)
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
         return build_portable_step(graph, self._opened)
