@@ -148,14 +148,16 @@ class Work:
 
 
 class Backend:
-    """NCCL's, of a group of two in which the other rank sends what this one does, or `theirs`."""
+    """NCCL's, of a group of two in which the other rank sends what this one does, or `theirs` in turn, the
+    last one again and again."""
 
-    def __init__(self, theirs: float | None = None) -> None:
-        self.theirs, self.calls = theirs, 0
+    def __init__(self, *theirs: float) -> None:
+        self.theirs, self.calls = list(theirs), 0
 
     def allreduce(self, tensors: list[Tensor]) -> Work:
         self.calls += 1
-        tensors[0].add_(tensors[0] if self.theirs is None else self.theirs)
+        theirs = self.theirs.pop(0) if len(self.theirs) > 1 else (self.theirs or [tensors[0]])[0]
+        tensors[0].add_(theirs)
         return Work()
 
     def shutdown(self) -> None:
@@ -207,24 +209,25 @@ def test_small_sums_go_one_way_and_large_ones_the_other(
 @pytest.mark.parametrize(
     ("found", "theirs", "reason"),
     [
-        (RuntimeError("no fabric handles"), 1.0, "RuntimeError: no fabric handles"),
-        (None, 0.0, "another rank has none"),
+        (RuntimeError("no fabric handles"), [1.0], "RuntimeError: no fabric handles"),
+        (None, [0.0], "another rank has none"),
+        (None, [1.0, 0.0], "another rank has none"),  # no name for it, and no memory
     ],
 )
 def test_all_ranks_have_it_or_none(
     found: Exception | None,
-    theirs: float,
+    theirs: list[float],
     reason: str,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    made, forgotten = member(Backend(theirs)), list[NamedGroup]()
+    made, forgotten = member(Backend(*theirs)), list[NamedGroup]()
     monkeypatch.setattr(accelerator_communicator, "forget_group", forgotten.append)
     with caplog.at_level(logging.INFO, "trimaran.platforms"):
         opened(monkeypatch, made, found or sums()[0])
     assert f"by NCCL alone: {reason}" in caplog.text
     assert made._sums is None and forgotten == [OURS]
-    assert made.all_reduce(torch.ones(16)).tolist() == [1.0 + theirs] * 16
+    assert made.all_reduce(torch.ones(16)).tolist() == [1.0 + theirs[-1]] * 16
 
 
 def test_cards_without_a_link_are_not_asked(caplog: pytest.LogCaptureFixture) -> None:
