@@ -148,8 +148,8 @@ class Work:
 
 
 class Backend:
-    """NCCL's, of a group of two in which the other rank sends what this one does, or `theirs` in turn, the
-    last one again and again."""
+    """NCCL's, of a group of two in which the other rank sends what this one does, or `theirs` in turn,
+    the last one again and again."""
 
     def __init__(self, *theirs: float) -> None:
         self.theirs, self.calls = list(theirs), 0
