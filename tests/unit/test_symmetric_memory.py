@@ -148,7 +148,7 @@ class Work:
 
 
 class Backend:
-    """NCCL's, of a group of two in which the other rank sends what this one does, or `theirs` in turn,
+    """NCCL's, of a group of two; the other rank sends what this one does, or `theirs` in turn,
     the last one again and again."""
 
     def __init__(self, *theirs: float) -> None:
