@@ -26,10 +26,17 @@ def bindings_of(platform: Platform, args: EngineArgs) -> list[Binding]:
     dtype = choose_dtype(args.dtype, hf_config, known, name)
     kv_dtype = choose_kv_dtype(args.kv_cache_dtype, dtype, known, name)
     device: Any = ShapesOnly()
-    binder = OpBinder(platform, device, quantization=args.quantization)
+    backend = args.attention_backend
+    binder = OpBinder(platform, device, quantization=args.quantization, attention_backend=backend)
     groups = []
     sizes = measure_groups(
-        platform, spec, dtype=dtype, kv_dtype=kv_dtype, block_size=args.block_size, ranks=1
+        platform,
+        spec,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        block_size=args.block_size,
+        ranks=1,
+        attention_backend=backend,
     )
     for size in sizes:
         attention = spec.attention_spec(

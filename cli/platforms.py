@@ -18,6 +18,7 @@ SHOWN = (
     "platform",
     "dtype",
     "kv_cache_dtype",
+    "attention_backend",
     "quantization",
     "block_size",
     "revision",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..platforms.interface import (
     DENSE,
+    FP8,
     INT4,
     INT8,
     W4A16,
@@ -27,6 +28,7 @@ from .lab import Guarded, on_device, to_host_all
 CANONICAL: Mapping[str, tuple[str, ...]] = {
     DENSE: ("weight",),
     INT8: ("codes", "scales"),
+    FP8: ("codes", "scales"),
     INT4: ("codes", "scales", "zeros"),
     W4A16: ("codes", "scales", "zeros"),
 }

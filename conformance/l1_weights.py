@@ -14,6 +14,7 @@ from ..core.quantization.codes import dequantize, quantize
 from ..core.quantization.scheme import choose_scheme
 from ..platforms.interface import (
     DENSE,
+    FP8,
     W4A16,
     Device,
     OpImpl,
@@ -21,7 +22,7 @@ from ..platforms.interface import (
     PackedWeight,
     WeightPacker,
 )
-from ..platforms.ops import OPS, ReferenceOp, activation_rounding
+from ..platforms.ops import OPS, ReferenceOp, activation_rounding, float8_rounding
 from .attention_specs import dtypes
 from .base import Check, Failed, Skipped, Subject, expect
 from .calls import CANONICAL, ask_support, call, place
@@ -176,7 +177,8 @@ def _difference(found: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None
         return f"not one tensor {list(expected.shape)} of {x.dtype}"
     rtol, atol = OPS["linear"].tolerance[x.dtype]
     allowed = SUMMED if weight.format == W4A16 else 1 + SUMMED
-    rounded = activation_rounding(x, plain).double() * allowed
+    rounding = float8_rounding if weight.format == FP8 else activation_rounding
+    rounded = rounding(x, plain).double() * allowed
     wrong = ~((result.double() - expected).abs() <= atol + rtol * expected.abs() + rounded)
     if not wrong.any():
         return ""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..platforms.attention_reference import attend, quantize_vectors
+from ..platforms.attention_reference import attend, quantize_vectors, rounded
 from ..platforms.interface import (
     AttentionBatch,
     AttentionImpl,
@@ -37,7 +37,7 @@ def tolerance_of(spec: AttentionSpec) -> float:
 def as_kept(vectors: Tensor, spec: AttentionSpec) -> Tensor:
     """What a cache of `spec` gives back of `[tokens, kv_heads, head_dim]`."""
     if spec.kv_dtype.is_floating_point:
-        return vectors.to(spec.kv_dtype).to(spec.dtype)
+        return rounded(vectors, spec.kv_dtype).to(spec.dtype)
     codes, scales = quantize_vectors(vectors)
     return codes.float() * scales.unsqueeze(-1)
 

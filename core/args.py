@@ -16,7 +16,7 @@ DEFAULT_MODEL = "default"
 # Fields that are text because of their suffixes ("32k", "4g"); a plain number is fine too.
 SIZE_FIELDS = ("max_model_len", "kv_cache_memory_bytes")
 # Formats that weights are quantized to at load.
-QUANTIZATIONS = ("int8", "int4", "w4a16")
+QUANTIZATIONS = ("int8", "int4", "w4a16", "fp8")
 # Numbers of an engine that mean nothing below one.
 AT_LEAST_ONE = (
     "num_threads",
@@ -85,8 +85,9 @@ class EngineArgs:
         None,
         "Quantize the weights of linear layers at load: `int8` by output, `int4` by groups of up "
         "to 128 inputs (the head in int8), and activations rounded to int8 where the platform "
-        "gains by it; `w4a16` as int4, with activations and head as they are. Left out: all stays "
-        "as it is.",
+        "gains by it; `w4a16` as int4, with activations and head as they are; `fp8` by output, "
+        "with activations in FP8 where the platform multiplies those (the head in int8). Left out: "
+        "all stays as it is.",
         choices=QUANTIZATIONS,
     )
     packed_cache: str = option(
@@ -118,8 +119,12 @@ class EngineArgs:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "KV cache element type (`int8`: quantized, where the platform keeps such a cache).",
-        choices=("auto", "bfloat16", "float16", "float32", "int8"),
+        "KV cache element type. Where the platform keeps such a cache: `int8` (a scale for each "
+        "vector), `fp8` or `fp8_e4m3`, `fp8_e5m2` (no scale).",
+        choices=("auto", "bfloat16", "float16", "float32", "int8", "fp8", "fp8_e4m3", "fp8_e5m2"),
+    )
+    attention_backend: str = option(
+        "auto", "Attention implementation to use, of those that `trimaran platforms` names."
     )
     block_size: int | None = option(None, "Tokens a KV block (the platform's choice).")
     num_gpu_blocks_override: int | None = option(None, "Exact number of KV blocks.")

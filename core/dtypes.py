@@ -14,6 +14,13 @@ from .errors import ConfigError
 logger = logging.getLogger("trimaran.resolve")
 
 HALVES = ("bfloat16", "float16")
+FLOAT8 = {
+    "fp8": ("float8_e4m3fn", "float8_e4m3fnuz"),
+    "fp8_e4m3": ("float8_e4m3fn", "float8_e4m3fnuz"),
+    "fp8_e5m2": ("float8_e5m2",),
+}
+"""The field's names for a cache in float8 -> torch's, for each vendor's encoding of it."""
+EIGHT_BITS = ("int8", *FLOAT8)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -60,11 +67,13 @@ def choose_dtype(
 def choose_kv_dtype(
     asked: str, dtype: torch.dtype, capabilities: Capabilities, platform: str
 ) -> torch.dtype:
-    """The asked element type of the KV cache, or for `auto` the model's own."""
+    """The asked element type of the KV cache, or for `auto` the model's own; of a float8 the kind
+    that the platform keeps."""
     name = dtype_name(dtype) if asked == "auto" else asked
     known = capabilities.kv_dtypes
-    # One that names none keeps what it computes in; a quantized cache must be named.
-    if name not in known and (known or name == "int8"):
+    name = next((kind for kind in FLOAT8.get(name, ()) if kind in known), name)
+    # One that names none keeps what it computes in; a cache in 8 bits must be named.
+    if name not in known and (known or name in EIGHT_BITS):
         has = ", ".join(known or capabilities.dtypes)
         raise ConfigError(
             f"Platform {platform!r} keeps no {name} KV cache; it keeps {has}. "

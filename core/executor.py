@@ -65,6 +65,7 @@ class Rank:
                 self.device,
                 self._tracer.wrap if self._tracer else None,
                 config.model.quantization,
+                config.model.attention_backend,
             )
             try:
                 self.runner = self._build(config)

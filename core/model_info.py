@@ -11,7 +11,8 @@ from typing import Any
 @dataclass(frozen=True, kw_only=True)
 class ModelInfo:
     """`generation` holds the sampling defaults of generation_config.json; `eos_token_ids` end a
-    sequence; `quantization`: what weights become at load (None: nothing)."""
+    sequence; `quantization`: what weights become at load (None: nothing); `attention_backend`:
+    which attention is used, by its name."""
 
     path: Path
     name: str
@@ -21,6 +22,7 @@ class ModelInfo:
     generation: dict[str, Any]
     eos_token_ids: tuple[int, ...]
     quantization: str | None = None
+    attention_backend: str = "auto"
     seed: int
     max_logprobs: int
     logprobs_mode: str

@@ -83,11 +83,14 @@ class OpBinder:
         device: Device | None = None,
         wrap: Wrap | None = None,
         quantization: str | None = None,
+        attention_backend: str = "auto",
     ) -> None:
         """`device` is where bound ops will run; sizing a cache needs none. `wrap`: see
-        `models.trace`. `quantization`: of the weights of linear layers, see `scheme`."""
+        `models.trace`. `quantization`: of the weights of linear layers, see `scheme`.
+        `attention_backend`: the name of the attention implementation, `auto` for the best."""
         self.platform = platform
         self.quantization = quantization
+        self.attention_backend = attention_backend
         self.remarks: dict[str, int] = {}
         """What a user should know of the choices → its level in the log."""
         self._device = device
@@ -154,7 +157,7 @@ class OpBinder:
     def attention(self, spec: AttentionSpec) -> AttentionImpl:
         """The attention implementation for `spec`; PlatformError says why there is none."""
         if spec not in self._attention:
-            candidates = self.platform.attention(spec)
+            candidates = self._asked(self.platform.attention(spec))
             layouts = self.platform.kv_constraints(spec).layouts
             chosen, refused = _first_supporting(
                 candidates, lambda impl: _takes_layout(impl, layouts) and impl.supports(spec)
@@ -167,6 +170,16 @@ class OpBinder:
             self._record(Binding("attention", spec, chosen.name, refused))
             self._attention[spec] = chosen
         return self._attention[spec]
+
+    def _asked(self, offered: Sequence[AttentionImpl]) -> Sequence[AttentionImpl]:
+        asked = [impl for impl in offered if self.attention_backend in ("auto", impl.name)]
+        if not asked:
+            raise PlatformError(
+                f"Platform {self.platform.name!r} offers no attention {self.attention_backend!r} "
+                f"here, but {', '.join(impl.name for impl in offered) or 'none'}: change "
+                "--attention-backend, or install what it needs."
+            )
+        return asked
 
     def scheme(self, in_features: int, *, head: bool = False) -> WeightScheme:
         """How the weight of a linear layer with so many inputs on this rank is quantized."""

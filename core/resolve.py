@@ -148,6 +148,7 @@ class _Resolution:
             load_format=args.load_format,
             packed_cache=args.packed_cache,
             quantization=args.quantization,
+            attention_backend=args.attention_backend,
             seed=args.seed,
             max_logprobs=args.max_logprobs,
             logprobs_mode=args.logprobs_mode,
@@ -229,6 +230,7 @@ class _Resolution:
             kv_dtype=kv_dtype,
             block_size=self._args.block_size,
             ranks=self._ranks,
+            attention_backend=self._args.attention_backend,
         )
 
     def _cache(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: Lengths) -> CacheConfig:

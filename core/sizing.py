@@ -55,9 +55,10 @@ def measure_groups(
     kv_dtype: torch.dtype,
     block_size: int | None,
     ranks: int,
+    attention_backend: str = "auto",
 ) -> list[GroupSize]:
     """Each cache group with its block size (the platform's choice where None) and bytes."""
-    binder = OpBinder(platform)
+    binder = OpBinder(platform, attention_backend=attention_backend)
     sizes = []
     for group in spec.cache_groups():
 

@@ -12,6 +12,15 @@ from torch import Tensor
 
 from .communicator import GlooCommunicator, LocalCommunicator, rendezvous_path
 from .interface import Communicator, Device, GroupSpec
+from .symmetric_memory import (
+    NCCL,
+    NamedGroup,
+    SymmetricSums,
+    forget_group,
+    missing,
+    open_sums,
+    register_group,
+)
 
 logger = logging.getLogger("trimaran.platforms")
 
@@ -21,13 +30,16 @@ def missing_nccl() -> str:
     return "" if dist.is_nccl_available() else f"torch {torch.__version__} is built without NCCL"
 
 
-def open_accelerator_communicator(group: GroupSpec, device: Device) -> Communicator:
-    """The communicator of a member; returns when all members are there (or after the timeout)."""
+def open_accelerator_communicator(
+    group: GroupSpec, device: Device, peers: bool = False
+) -> Communicator:
+    """The communicator of a member; returns when all members are there (or after the timeout).
+    `peers`: the cards reach each other's memory."""
     if group.size == 1:
         return LocalCommunicator()
     reason = missing_nccl()
     if not reason:
-        return NcclCommunicator(group, device)
+        return NcclCommunicator(group, device, peers)
     logger.warning("collectives go through host memory: %s", reason)
     return HostStagedCommunicator(GlooCommunicator(group))
 
@@ -38,9 +50,13 @@ class NcclCommunicator(Communicator):
     It makes its process group itself and touches no default group, so that several engines can
     live in one process. A kernel that waits for a missing member spins until `abort`; without it
     torch's watchdog ends this process after the group's timeout, with the collective's name.
+
+    Small sums go over symmetric memory where all ranks have it (`symmetric_memory.py`).
     """
 
-    def __init__(self, group: GroupSpec, device: Device) -> None:
+    _sums: SymmetricSums | None = None
+
+    def __init__(self, group: GroupSpec, device: Device, peers: bool = False) -> None:
         self.rank, self.size = group.rank, group.size
         nccl: Any = dist.ProcessGroupNCCL
         store = dist.FileStore(rendezvous_path(group), group.size)
@@ -49,6 +65,41 @@ class NcclCommunicator(Communicator):
         self._joined: Any = nccl(store, group.rank, group.size, options)
         self._token = torch.zeros(1, device=device.torch_device)
         self.barrier()  # NCCL connects at the first collective
+        self._sums = self._open_sums(store, device, peers)
+
+    def _open_sums(self, store: Any, device: Device, peers: bool) -> SymmetricSums | None:
+        """None on all ranks if one of them has none; the first says why in the log."""
+        reason = missing(torch.version.hip is not None, peers)
+        group: NamedGroup | None = None
+        sums: SymmetricSums | None = None
+        kind: Any = dist.ProcessGroup.BackendType
+        where = self._token.device
+        try:
+            if not reason:
+                group = register_group(store, self._group, kind.NCCL, self.rank, self.size, where)
+        except Exception as error:  # of an interface that torch calls alpha
+            reason = f"{type(error).__name__}: {error}"
+        # Agreed before the ranks wait for each other, and after it; each asks as often.
+        if not self._all(group is not None):
+            reason = reason or "another rank has none"
+        try:
+            if group is not None and not reason:
+                sums = open_sums(group, self.size, device)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        if not self._all(sums is not None):
+            reason, sums = reason or "another rank has none", None
+        if group is not None and sums is None:
+            forget_group(group)
+        if self.rank == 0:
+            said = f"by NCCL alone: {reason}" if reason else "over symmetric memory"
+            logger.info("small sums of %d ranks go %s", self.size, said)
+        return sums
+
+    def _all(self, here: bool) -> bool:
+        """Is it so on all ranks?"""
+        asked = torch.full((1,), float(here), device=self._token.device)
+        return bool(self.all_reduce(asked).item() == self.size)
 
     @property
     def _group(self) -> Any:
@@ -58,8 +109,11 @@ class NcclCommunicator(Communicator):
         return group
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
+        group = self._group
+        if self._sums is not None and (way := self._sums.way(tensor)) != NCCL:
+            return self._sums.add(tensor, way)
         whole = tensor.contiguous()
-        self._group.allreduce([whole]).wait()
+        group.allreduce([whole]).wait()
         return tensor if whole is tensor else tensor.copy_(whole)
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
@@ -81,6 +135,8 @@ class NcclCommunicator(Communicator):
     def close(self) -> None:
         group, self._joined = self._joined, None
         if group is not None:
+            if self._sums is not None:
+                forget_group(self._sums.group)
             group.shutdown()
 
     def abort(self) -> None:

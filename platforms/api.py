@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-PLATFORM_API = (0, 4)
+PLATFORM_API = (0, 5)
 """(major, minor) of the contract that this engine has. Any change of a signature demands a bump.
 
 Before 1.0 every minor may break. From 1.0 on minors only add, and the major before the current one

@@ -66,11 +66,21 @@ def quantize_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return codes, torch.where(scales.isfinite(), scales, torch.nan)
 
 
+def rounded(vectors: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a cache in the floating-point `dtype` keeps: the nearest number, of a float8 at most its
+    largest one (not every kind has an infinity); NaN stays NaN."""
+    if dtype.itemsize > 1 or vectors.dtype == dtype:
+        return vectors.to(dtype)
+    most = torch.finfo(dtype).max
+    return vectors.float().clamp(-most, most).to(dtype)
+
+
 class ReferenceAttention(AttentionImpl):
     """The oracle. Its cache is one tensor `[blocks, 2, kv_heads, block_size, head_dim]` (keys,
     then values): on purpose not the layout of other implementations, so that shared code which
-    assumes one is found out. A cache in int8 has the scales of `quantize_vectors` in a second one,
-    `[blocks, 2, kv_heads, block_size]`."""
+    assumes one is found out. A cache in float8 holds what `rounded` gives, without a scale; one in
+    int8 has the scales of `quantize_vectors` in a second one, `[blocks, 2, kv_heads,
+    block_size]`."""
 
     name = "reference"
     priority = -100
@@ -130,7 +140,7 @@ class ReferenceAttention(AttentionImpl):
 def _stored(vectors: Tensor, kv: LayerKV) -> tuple[Tensor, ...]:
     """What each of the cache's tensors keeps of `[..., head_dim]`."""
     if len(kv.tensors) == 1:
-        return (vectors.to(kv.tensors[0].dtype),)
+        return (rounded(vectors, kv.tensors[0].dtype),)
     return quantize_vectors(vectors)
 
 

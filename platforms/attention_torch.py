@@ -35,10 +35,10 @@ class TorchPagedAttention(AttentionImpl):
     def supports(self, spec: AttentionSpec) -> Support:
         if spec.num_heads % spec.num_kv_heads:
             return Support.no(f"{spec.num_heads} heads over {spec.num_kv_heads} KV heads")
-        if not spec.kv_dtype.is_floating_point:
+        if spec.kv_dtype.itemsize == 1:
             return Support.no(
-                f"it keeps no quantized cache ({spec.kv_dtype}): torch's attention reads "
-                "floating-point keys and values only"
+                f"it keeps no cache in 8 bits ({spec.kv_dtype}): torch's attention reads keys and "
+                "values in 16 and 32 bits only"
             )
         return Support.yes("padded torch calls")
 

@@ -25,6 +25,11 @@ INT8 = "int8"
 """Format of a weight in 8 bits, symmetric, with a scale for each output: `codes` int8 `[out, in]`
 in [-127, 127] and `scales` fp32 `[out]`; a value is code * scale. A row of zeros has scale 0."""
 
+FP8 = "fp8"
+"""Format of a weight in float8 with a scale for each output: `codes` float8_e4m3fn `[out, in]`, all
+finite, and `scales` fp32 `[out]`; a value is code * scale. A row of zeros has scale 0. A platform
+whose units read another encoding turns the codes into that one."""
+
 INT4 = "int4"
 """Format of a weight in 4 bits, with a scale and a zero for each group of inputs: `codes` uint8
 `[out, in]` in 0..15 (one a byte), `scales` fp32 and `zeros` uint8 `[out, in / group]`; a value is
@@ -87,6 +92,9 @@ class AttentionSpec:
     """One layer's attention. `scale` multiplies q·k; `sliding_window` counts the keys a query
     sees, itself included (None: all); `softcap` 0 is none. `kv_dtype` int8 is a quantized cache,
     whose scales are the implementation's own matter: `block_bytes` and the regions hold them too.
+    A float8 (e4m3fn, e5m2; e4m3fnuz where the card has that one) has no scale: keys and values are
+    rounded to it, what is beyond its range becomes its largest number, and they are widened to
+    `dtype` before anything is computed.
 
     `alibi_slopes`, one a query head (of this rank's heads, where ranks share them; (): none): a
     score is lowered by slope * |query position - key position| (ALiBi, Press et al. 2022, section

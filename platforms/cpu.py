@@ -52,7 +52,7 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
 class CpuPlatform(Platform):
     name = "cpu"
     vendor = "x86"
-    api = ApiRange((0, 4), (0, 4))
+    api = ApiRange((0, 5), (0, 5))
 
     _binding: Binding | None = None  # of the engine that it serves
 

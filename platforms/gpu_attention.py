@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels_cuda.portable import attention, cache
 from ..kernels_cuda.portable.paged import PagedCache
 from ..kernels_cuda.portable.tuning import Table
-from .attention_reference import quantize_vectors
+from .attention_reference import quantize_vectors, rounded
 from .interface import (
     AttentionBatch,
     AttentionImpl,
@@ -22,7 +22,7 @@ from .interface import (
     Support,
 )
 from .kv_layout import block_bytes, whole_blocks
-from .transfers import to_accelerator
+from .transfers import movable, to_accelerator
 
 GRAIN = 16
 """A matrix instruction's rows: block sizes and head sizes are multiples of it."""
@@ -75,9 +75,14 @@ class TritonAttention(AttentionImpl):
             return f"head_dim {spec.head_dim}: it takes multiples of {GRAIN} up to {most}"
         if spec.block_size % GRAIN:
             return f"block_size {spec.block_size}: it takes multiples of {GRAIN}"
-        if spec.dtype not in COMPUTED or spec.kv_dtype not in (*COMPUTED, torch.int8):
-            return f"no kernel for {spec.dtype} over {spec.kv_dtype}"
+        if spec.dtype not in COMPUTED or not self._keeps(spec.kv_dtype):
+            return f"no kernel for {spec.dtype} over {spec.kv_dtype} on {self._table.architecture}"
         return ""
+
+    def _keeps(self, dtype: torch.dtype) -> bool:
+        """Of the float8 kinds a card converts its own only."""
+        known = (*COMPUTED, torch.int8)
+        return dtype in known or str(dtype).removeprefix("torch.") in self._table.fp8
 
     def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
         shape = (num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
@@ -135,7 +140,8 @@ class TritonAttention(AttentionImpl):
         return attention.attend(query, kept, metadata.plan, slopes=metadata.slopes)
 
     def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
-        found = torch.stack([kept.index_select(0, blocks) for kept in kv.tensors[:2]])
+        found = torch.stack([movable(kept).index_select(0, blocks) for kept in kv.tensors[:2]])
+        found = found.view(spec.kv_dtype)
         if spec.kv_dtype == torch.int8:
             scales = torch.stack([scale.index_select(0, blocks) for scale in kv.tensors[2:]])
             found = found.float() * scales.unsqueeze(-1)
@@ -145,10 +151,11 @@ class TritonAttention(AttentionImpl):
         self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor, canonical: Tensor
     ) -> None:
         new = canonical.transpose(2, 3)
-        parts = [*quantize_vectors(new)] if spec.kv_dtype == torch.int8 else [new]
+        quantized = spec.kv_dtype == torch.int8
+        parts = [*quantize_vectors(new)] if quantized else [rounded(new, spec.kv_dtype)]
         tensors = zip(kv.tensors, (half for part in parts for half in part), strict=True)
         for kept, half in tensors:
-            kept.index_copy_(0, blocks, half.to(kept.dtype))
+            movable(kept).index_copy_(0, blocks, movable(half))
 
 
 def paged(kv: LayerKV) -> PagedCache:

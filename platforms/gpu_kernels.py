@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +67,16 @@ def _with_triton(module: str) -> Any:
     return importlib.import_module(f".{module}", __package__)
 
 
-def portable_ops(table: Table) -> Sequence[OpImpl]:
+def portable_ops(table: Table, cards: Collection[str]) -> Sequence[OpImpl]:
     """All ops of the portable kernels. Only where Triton is."""
     weights = _with_triton("gpu_weights")
     ops = _with_triton("gpu_triton").triton_ops(table)
-    return (*ops, weights.QuantizedLinear(table), weights.TritonMoe(table))
+    scaled = _with_triton("gpu_scaled_mm").ScaledMm(table, cards)
+    return (*ops, scaled, weights.QuantizedLinear(table), weights.TritonMoe(table))
 
 
-def portable_packers() -> Sequence[WeightPacker]:
-    packers: Sequence[WeightPacker] = _with_triton("gpu_weights").gpu_packers()
+def portable_packers(table: Table) -> Sequence[WeightPacker]:
+    packers: Sequence[WeightPacker] = _with_triton("gpu_weights").gpu_packers(table)
     return packers
 
 

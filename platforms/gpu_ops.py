@@ -4,6 +4,7 @@ step can be captured."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -50,10 +51,11 @@ class Rope(TorchOp):
         return both[:, :heads], both[:, heads:]
 
 
-def gpu_ops(table: Table) -> dict[str, list[OpImpl]]:
-    """By the portable kernels where Triton can be imported, and by torch."""
+def gpu_ops(table: Table, cards: Collection[str]) -> dict[str, list[OpImpl]]:
+    """By the portable kernels where Triton can be imported, and by torch. `cards`: what they are
+    for, by architecture."""
     ops = torch_ops()
-    for impl in () if triton_missing() else portable_ops(table):
+    for impl in () if triton_missing() else portable_ops(table, cards):
         ops.setdefault(impl.op, []).insert(0, impl)
     return ops
 

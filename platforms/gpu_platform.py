@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..kernels_cuda.portable.tuning import Table
 from . import gpu_cards, host
 from .accelerator_communicator import missing_nccl, open_accelerator_communicator
 from .attention_reference import ReferenceAttention
@@ -24,6 +25,7 @@ from .gpu_kernels import (
     portable_packers,
     triton_missing,
 )
+from .gpu_library_attention import LibraryAttention
 from .gpu_ops import gpu_ops
 from .gpu_tables import Architecture, CardModel, capabilities_of, model_of
 from .gpu_user_table import TableInUse, table_in_use
@@ -63,6 +65,7 @@ class GpuPlatform(Platform):
     vendor_facts: ClassVar[Vendor]
     architectures: ClassVar[Mapping[str, Architecture]]
     models: ClassVar[tuple[CardModel, ...]]
+    libraries: ClassVar[tuple[type[LibraryAttention], ...]] = ()
 
     @classmethod
     @abstractmethod
@@ -134,18 +137,33 @@ class GpuPlatform(Platform):
     def kernel_table(self) -> TableInUse:
         """What the portable kernels are launched with: of cards of different architectures, what
         any of them can run."""
-        architectures = {card.architecture for card in self._cards}
-        return table_in_use(architectures.pop() if len(architectures) == 1 else GENERIC)
+        names = self._architectures
+        return table_in_use(next(iter(names)) if len(names) == 1 else GENERIC)
+
+    @functools.cached_property
+    def _architectures(self) -> frozenset[str]:
+        return frozenset(card.architecture for card in self._cards)
+
+    @functools.cached_property
+    def _table(self) -> Table:
+        """The table in use, with the 8-bit floats that all the cards convert: a relative's table,
+        and the one of any GPU, may name types which these lack."""
+        table = self.kernel_table.table
+        kept = [self.capabilities(device).kv_dtypes for device in range(len(self._cards))]
+        fp8 = tuple(kind for kind in table.fp8 if all(kind in kinds for kinds in kept))
+        return dataclasses.replace(table, fp8=fp8)
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
-        return gpu_ops(self.kernel_table.table)
+        return gpu_ops(self._table, self._architectures)
 
     def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
-        plain = (TorchPagedAttention(), ReferenceAttention())
-        return plain if triton_missing() else (portable_attention(self.kernel_table.table), *plain)
+        own = () if triton_missing() else (portable_attention(self._table),)
+        kinds = (kind for kind in self.libraries if kind.library.installed())
+        found = [kind(self._architectures) for kind in kinds]
+        return (*own, *found, TorchPagedAttention(), ReferenceAttention())
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
-        packers = () if triton_missing() else portable_packers()
+        packers = () if triton_missing() else portable_packers(self._table)
         return {packer.format: packer for packer in packers}
 
     def kv_constraints(self, spec: AttentionSpec) -> KVConstraints:
@@ -174,7 +192,9 @@ class GpuPlatform(Platform):
         return {"OMP_NUM_THREADS": str(int(plan.get("num_threads") or share))}
 
     def communicator(self, group: GroupSpec, device: Device) -> Communicator:
-        return open_accelerator_communicator(group, device)
+        several = group.size > 1 and not missing_nccl()
+        peers = several and self.capabilities(device.index).peer_to_peer
+        return open_accelerator_communicator(group, device, peers)
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
         return build_portable_step(graph, self._opened)

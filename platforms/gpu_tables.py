@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from .interface import (
     DENSE,
+    FP8,
     INT4,
     INT8,
     W4A16,
@@ -52,11 +53,13 @@ _KV_DTYPES = ("bfloat16", "float16", "float32", "int8")
 class Architecture:
     """What an architecture's units do. `data_center`: cards of it reach each other's memory over a
     link of their own; the others have none, and their drivers mostly refuse. `unified`: its devices
-    have no memory but the host's."""
+    have no memory but the host's. `kept`: float8 types that Triton converts there although no
+    matrix unit reads them (`supported_fp8_dtypes` of its backends): a cache may be in them."""
 
     title: str
     bfloat16: Precision = "native"
     fp8: Fp8Kind | None = None
+    kept: tuple[str, ...] = ()
     data_center: bool = False
     unified: bool = False
 
@@ -65,9 +68,9 @@ NVIDIA: Mapping[str, Architecture] = {
     "sm_70": Architecture("Volta", "emulated", data_center=True),
     "sm_72": Architecture("Volta (Jetson)", "emulated", unified=True),
     "sm_75": Architecture("Turing", "emulated"),
-    "sm_80": Architecture("Ampere", data_center=True),
-    "sm_86": Architecture("Ampere"),
-    "sm_87": Architecture("Ampere (Jetson)", unified=True),
+    "sm_80": Architecture("Ampere", kept=("float8_e5m2",), data_center=True),
+    "sm_86": Architecture("Ampere", kept=("float8_e5m2",)),
+    "sm_87": Architecture("Ampere (Jetson)", kept=("float8_e5m2",), unified=True),
     "sm_89": Architecture("Ada", fp8="ocp"),
     "sm_90": Architecture("Hopper", fp8="ocp", data_center=True),
     "sm_100": Architecture("Blackwell", fp8="ocp", data_center=True),
@@ -92,12 +95,20 @@ AMD: Mapping[str, Architecture] = {
 }
 
 
+_FLOAT8: Mapping[Fp8Kind | None, tuple[str, ...]] = {
+    "ocp": ("float8_e4m3fn", "float8_e5m2"),
+    "fnuz": ("float8_e4m3fnuz",),
+    None: (),
+}
+"""What a cache may be kept in beside, by what the matrix units read."""
+
+
 def capabilities_of(architecture: str, found: Architecture) -> Capabilities:
     """The contract's form of one table entry."""
     return Capabilities(
         dtypes={"float32": "native", "float16": "native", "bfloat16": found.bfloat16},
-        kv_dtypes=_KV_DTYPES,
-        weight_formats=(DENSE, INT8, INT4, W4A16),
+        kv_dtypes=(*_KV_DTYPES, *_FLOAT8[found.fp8], *found.kept),
+        weight_formats=(DENSE, INT8, INT4, W4A16, *((FP8,) if found.fp8 else ())),
         fp8=found.fp8,
         isa=architecture,
         graph_replay=True,

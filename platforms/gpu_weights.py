@@ -14,6 +14,7 @@ from ..kernels_cuda.portable.quantize import quantize_tokens
 from ..kernels_cuda.portable.tuning import Table
 from .interface import (
     DENSE,
+    FP8,
     INT4,
     INT8,
     W4A16,
@@ -27,6 +28,9 @@ from .ops import int4_group
 
 TRITON_INT8 = "triton_int8"
 """Format of int8 weights: codes `[out, in]` and fp32 scales `[out]`, as canonical."""
+FLOAT8_ROWS = "float8_rows"
+"""Format of fp8 weights: codes `[out, in]` in the encoding of the card, and fp32 scales `[out]`."""
+CODED = (TRITON_INT8, FLOAT8_ROWS)
 TRITON_INT4 = "triton_int4"
 """Format of int4 weights: two codes a byte, fp32 scales and zeros by group (`gemm.Int4`)."""
 HALVES = (torch.float16, torch.bfloat16)
@@ -39,6 +43,33 @@ class Int8Packer(WeightPacker):
     def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
         codes, scales = tensors["codes"].contiguous(), tensors["scales"].float().contiguous()
         return PackedWeight(TRITON_INT8, shape, (codes, scales))
+
+
+class Float8Packer(WeightPacker):
+    """`kind`: the encoding of e4m3 that the card's matrix units read."""
+
+    format = FP8
+
+    def __init__(self, kind: torch.dtype) -> None:
+        self._kind = kind
+        self.layout = f"{FLOAT8_ROWS}-{str(kind).removeprefix('torch.')}-1"
+
+    @property
+    def _other(self) -> bool:
+        return self._kind == torch.float8_e4m3fnuz
+
+    def pack(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+        codes, scales = tensors["codes"].contiguous(), tensors["scales"].float().contiguous()
+        if not self._other:
+            return PackedWeight(FLOAT8_ROWS, shape, (codes, scales))
+        # The same bits stand for half the number, but those of -0, which mean NaN.
+        bits = codes.view(torch.uint8)
+        made = torch.where(bits == 0x80, 0, bits).view(self._kind), scales * 2
+        return PackedWeight(FLOAT8_ROWS, shape, made, self.packed_bytes(codes.dtype, shape) or 0)
+
+    def packed_bytes(self, dtype: torch.dtype, shape: tuple[int, int]) -> int | None:
+        out_features, in_features = shape
+        return out_features * (in_features + torch.float32.itemsize) if self._other else None
 
 
 class Int4Packer(WeightPacker):
@@ -63,13 +94,21 @@ class Int4Packer(WeightPacker):
         return out_features * (in_features // 2 + in_features // group * scale_and_zero)
 
 
-def gpu_packers() -> Sequence[WeightPacker]:
-    return Int8Packer(), Int4Packer(INT4), Int4Packer(W4A16)
+def gpu_packers(table: Table) -> Sequence[WeightPacker]:
+    kind = float8_kind(table)
+    float8 = () if kind is None else (Float8Packer(kind),)
+    return Int8Packer(), Int4Packer(INT4), Int4Packer(W4A16), *float8
+
+
+def float8_kind(table: Table) -> torch.dtype | None:
+    """The encoding of e4m3 that the matrix units of `table`'s cards read; None: they read none."""
+    kinds = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+    return next((kind for kind in kinds if str(kind).removeprefix("torch.") in table.fp8), None)
 
 
 class QuantizedLinear(OpImpl):
-    """x in 16 or 32 bits by int8 weights, rounded to int8 itself (W8A8), or in 16 bits by int4
-    weights (W4A16)."""
+    """x in 16 or 32 bits by int8 and fp8 weights, rounded as they are itself (W8A8), or in 16 bits
+    by int4 weights (W4A16)."""
 
     op = "linear"
     name = "triton"
@@ -86,12 +125,13 @@ class QuantizedLinear(OpImpl):
         x = x.contiguous()
         if weight.format == TRITON_INT4:
             return gemm.matmul_int4(x, gemm.Int4(*weight.tensors), bias, self._table)
-        codes, scales = quantize_tokens(x, torch.int8, self._table)
+        codes, scales = quantize_tokens(x, weight.tensors[0].dtype, self._table)
         return self.multiply(codes, scales, weight, bias, x.dtype)
 
     def code_dtype(self, weight: PackedWeight) -> torch.dtype | None:
         """What x is rounded to before it is multiplied by `weight`; None: it is not."""
-        return torch.int8 if weight.format == TRITON_INT8 else None
+        kind: torch.dtype = weight.tensors[0].dtype
+        return kind if weight.format in CODED else None
 
     def multiply(
         self,
@@ -108,7 +148,7 @@ class QuantizedLinear(OpImpl):
 
 
 class TritonMoe(OpImpl):
-    """Experts with dense, int8 (W8A8) or int4 (W4A16) weights."""
+    """Experts with dense, int8 or fp8 (W8A8), or int4 (W4A16) weights."""
 
     op = "moe"
     name = "triton"
@@ -133,15 +173,17 @@ def supports_weights(sig: OpSignature, table: Table) -> Support:
     """Are weights of this format multiplied by activations of this dtype?"""
     if sig.weight_format == DENSE:
         return Support.no("dense weights are torch's")
-    if sig.weight_format not in (INT8, INT4, W4A16):
+    if sig.weight_format not in (INT8, FP8, INT4, W4A16):
         return Support.no(f"no kernel for {sig.weight_format} weights")
-    if sig.weight_format != INT8 and sig.dtype not in HALVES:
+    if sig.weight_format == FP8 and float8_kind(table) is None:
+        return Support.no(f"{table.architecture} multiplies no float8")
+    if sig.weight_format in (INT4, W4A16) and sig.dtype not in HALVES:
         return Support.no(f"int4 weights want activations in 16 bits, not {sig.dtype}")
     return Support.yes(f"portable, tuned for {table.architecture}")
 
 
 def experts_of(weight: PackedWeight) -> moe.Experts:
-    if weight.format == TRITON_INT8:
+    if weight.format in CODED:
         return moe.Coded(*weight.tensors)
     if weight.format == TRITON_INT4:
         return gemm.Int4(*weight.tensors)

@@ -25,6 +25,7 @@ from .api import (
 )
 from .compute import (
     DENSE,
+    FP8,
     INT4,
     INT4_GROUPS,
     INT8,
@@ -71,6 +72,7 @@ __all__ = [
     "DENSE",
     "INT4",
     "INT4_GROUPS",
+    "FP8",
     "INT8",
     "PLATFORM_API",
     "ApiRange",

@@ -3,7 +3,7 @@
 It lies beside the `__init__.py` of the top-level package of the entry point and says three PEP 440
 ranges, none of which may be left out:
 
-    api = ">=0.4,<0.5"    # of the platform contract
+    api = ">=0.5,<0.6"    # of the platform contract
     engine = ">=0.1"      # of trimaran
     torch = ">=2.8"
 """
@@ -61,7 +61,7 @@ def read_manifest(reference: str) -> Manifest:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ManifestError(
-            f'{path} is missing: add it, with the ranges {", ".join(_KEYS)} (api = ">=0.4,<0.5").'
+            f'{path} is missing: add it, with the ranges {", ".join(_KEYS)} (api = ">=0.5,<0.6").'
         ) from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ManifestError(f"{path} cannot be read: {error}") from None

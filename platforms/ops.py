@@ -117,9 +117,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x `[tokens, in]`, dense weight `[out, in]`, bias `[out]` -> x @ weight^T + bias.
 
-    By a quantized weight an implementation multiplies what its codes stand for. It may round x to
-    int8 as well, per token (W8A8, W4A8), but not under `w4a16`: then it is off by
-    `activation_rounding` besides.
+    By a quantized weight an implementation multiplies what its codes stand for. It may round x as
+    well, per token, to int8 (W8A8, W4A8) and under `fp8` to e4m3, but not under `w4a16`: then it is
+    off by `activation_rounding` or `float8_rounding` besides.
     """
     if weight.format != DENSE:
         raise ValueError(f"The reference of `linear` reads dense weights, not {weight.format!r}.")
@@ -132,6 +132,14 @@ def activation_rounding(x: Tensor, weight: Tensor) -> Tensor:
     input."""
     half_step = x.float().abs().amax(dim=-1, keepdim=True) / 254
     return half_step * weight.float().abs().sum(dim=-1)
+
+
+def float8_rounding(x: Tensor, weight: Tensor) -> Tensor:
+    """As `activation_rounding`, of e4m3 with the scale max|x| / 448: half a step is a sixteenth of
+    the number for each input, and half of the least step, 2^-9, where that is more."""
+    wide = x.float().abs()
+    least = wide.amax(dim=-1, keepdim=True) * (2**-10 / 448)
+    return torch.maximum(wide / 16, least) @ weight.float().abs().T
 
 
 def rope(query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:

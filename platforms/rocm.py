@@ -8,16 +8,18 @@ from .gpu_platform import GpuPlatform
 from .gpu_tables import AMD, AMD_CARDS
 from .gpu_wheels import ROCM_INDEXES, Wheel
 from .interface import ApiRange, Telemetry
+from .rocm_aiter import Aiter
 from .visible import read_visibility
 
 
 class RocmPlatform(GpuPlatform):
     name = "rocm"
     vendor = "amd"
-    api = ApiRange((0, 4), (0, 4))
+    api = ApiRange((0, 5), (0, 5))
     vendor_facts = Vendor("AMD", "ROCm", ROCM_INDEXES)
     architectures = AMD
     models = AMD_CARDS
+    libraries = (Aiter,)
 
     @classmethod
     def survey(cls) -> Survey:

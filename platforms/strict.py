@@ -58,7 +58,7 @@ class StrictKnobs:
 class StrictPlatform(Platform):
     name = "strict"
     vendor = "none"
-    api = ApiRange((0, 4), (0, 4))
+    api = ApiRange((0, 5), (0, 5))
 
     def __init__(self, knobs: StrictKnobs | None = None) -> None:
         self.knobs = knobs or StrictKnobs()
@@ -72,7 +72,7 @@ class StrictPlatform(Platform):
     def capabilities(self, device: int = 0) -> Capabilities:
         return Capabilities(
             dtypes=self.knobs.dtypes,
-            kv_dtypes=(*self.knobs.dtypes, "int8"),
+            kv_dtypes=(*self.knobs.dtypes, "int8", "float8_e4m3fn", "float8_e5m2"),
             run_ahead=self.knobs.run_ahead,
             compiles_steps=self.knobs.compile_steps,
             step_sizes=self.knobs.step_sizes,

@@ -31,4 +31,11 @@ def move_blocks(regions: Sequence[KVRegion], pairs: Tensor) -> None:
     are read before any target is written."""
     sources, targets = pairs.unbind(1)
     for region in regions:
-        region.tensor.index_copy_(0, targets, region.tensor.index_select(0, sources))
+        raw = movable(region.tensor)
+        raw.index_copy_(0, targets, raw.index_select(0, sources))
+
+
+def movable(tensor: Tensor) -> Tensor:
+    """float8 as bytes: those torch copies by index everywhere, float8 itself not."""
+    float8 = tensor.dtype.itemsize == 1 and tensor.dtype.is_floating_point
+    return tensor.view(torch.uint8) if float8 else tensor

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...platforms.interface import DENSE, INT8, Communicator, LayerKV, PackedWeight
+from ...platforms.interface import DENSE, Communicator, LayerKV, PackedWeight
 from ..errors import ModelLoadError
 from ..ops import OpBinder, WeightUse
 from ..quantization.codes import NotFiniteError, largest_of_rows
@@ -213,7 +213,7 @@ class RowLinear(Linear):
         self._shape = (part_features, in_features)
         self._share = slice(start, start + share)
         # All ranks take a row's one scale, as a single rank would: that wants all of the row.
-        self._reads_whole = self._comm.size > 1 and self._scheme.format == INT8
+        self._reads_whole = self._comm.size > 1 and self._scheme.by_row
         self._read = slice(0, in_features) if self._reads_whole else self._share
         self._whole_bias = context.alloc(self._out_features) if bias else None
         # One rank adds the bias, so that the sum has it once.

@@ -125,6 +125,7 @@ class _Planner:
                 kv_dtype=settings.kv_dtype,
                 block_size=settings.block_size,
                 ranks=settings.ranks,
+                attention_backend=self._args.attention_backend,
             )
             return sizes, "the platform's attention: bytes of a block"
         except PlatformError:

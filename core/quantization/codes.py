@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ...platforms.interface import INT8
-from .scheme import WeightScheme
+from ...platforms.interface import FP8, INT8
+from .scheme import FLOAT8, WeightScheme
 
 CHUNK = 1 << 19
 """Elements that are quantized at once."""
@@ -74,8 +74,9 @@ def _by_chunks(
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         part = weight[rows].float()
-        if scheme.format == INT8:
-            made = _int8(part, largest_of_rows(part) if largest is None else largest[rows])
+        if scheme.by_row:
+            most = largest_of_rows(part) if largest is None else largest[rows]
+            made = BY_ROW[scheme.format](part, most)
         else:
             made = _int4(part, scheme.group)
         finite = made["scales"].isfinite().view(len(part), -1).all(1)
@@ -88,6 +89,16 @@ def _int8(weight: Tensor, largest: Tensor) -> dict[str, Tensor]:
     scales = largest / 127
     codes = (weight / _divisor(scales).unsqueeze(1)).round_().clamp_(-127, 127)
     return {"codes": codes.to(torch.int8), "scales": scales}
+
+
+def _fp8(weight: Tensor, largest: Tensor) -> dict[str, Tensor]:
+    most = torch.finfo(FLOAT8).max
+    scales = largest / most
+    codes = (weight / _divisor(scales).unsqueeze(1)).clamp_(-most, most)
+    return {"codes": codes.to(FLOAT8), "scales": scales}
+
+
+BY_ROW = {INT8: _int8, FP8: _fp8}
 
 
 def _int4(weight: Tensor, group: int) -> dict[str, Tensor]:

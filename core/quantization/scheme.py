@@ -8,8 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from ...platforms.interface import DENSE, INT4, INT4_GROUPS, INT8, W4A16
+from ...platforms.interface import DENSE, FP8, INT4, INT4_GROUPS, INT8, W4A16
 from ...platforms.ops import int4_group
+
+FLOAT8 = torch.float8_e4m3fn
+"""The codes of FP8."""
 
 
 class TensorKind(NamedTuple):
@@ -27,12 +30,17 @@ class WeightScheme:
     format: str = DENSE
     group: int = 0
 
+    @property
+    def by_row(self) -> bool:
+        """Do all weights of an output share a scale?"""
+        return self.format in (INT8, FP8)
+
     def tensors(self, shape: tuple[int, int]) -> dict[str, TensorKind]:
         """The canonical tensors of a quantized weight `[out, in]`."""
         out_features, in_features = shape
-        if self.format == INT8:
+        if self.by_row:
             return {
-                "codes": TensorKind(shape, torch.int8),
+                "codes": TensorKind(shape, torch.int8 if self.format == INT8 else FLOAT8),
                 "scales": TensorKind((out_features,), torch.float32),
             }
         groups = (out_features, in_features // self.group)
@@ -60,10 +68,13 @@ class Choice(NamedTuple):
 
 def choose_scheme(quantization: str | None, in_features: int, *, head: bool = False) -> Choice:
     """Of a layer of which this rank holds `in_features` inputs. Scores are worth 8 bits: the head
-    is kept in int8 whatever the rest is. Groups of int4 end where a rank's share does. Under W4A16
-    no activation is rounded anywhere: what cannot be in 4 bits stays as it is."""
+    is kept in int8 whatever the rest is (codes of FP8 are no nearer). Groups of int4 end where a
+    rank's share does. Under W4A16 no activation is rounded anywhere: what cannot be in 4 bits stays
+    as it is."""
     if quantization is None:
         return Choice(PLAIN)
+    if quantization == FP8 and not head:
+        return Choice(WeightScheme(FP8))
     better = PLAIN if quantization == W4A16 else WeightScheme(INT8)
     if quantization == INT8 or head:
         return Choice(better)

@@ -38,6 +38,7 @@ from torch import Tensor
 from trimaran.core.quantization.codes import dequantize
 from trimaran.platforms.attention_reference import ReferenceAttention
 from trimaran.platforms.interface import (
+    FP8,
     INT4,
     INT8,
     AttentionImpl,
@@ -472,7 +473,8 @@ class WithCodes(Quick):
         return {**super().ops(), "linear": [type(self).multiplies(), ReferenceOp(OPS["linear"])]}
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
-        names = {INT8: ("codes", "scales"), INT4: ("codes", "scales", "zeros")}
+        by_row = ("codes", "scales")
+        names = {INT8: by_row, FP8: by_row, INT4: (*by_row, "zeros")}
         of_codes = {format: PackerOfCodes(format, tensors) for format, tensors in names.items()}
         return {DENSE: DensePacker(), **of_codes}
 
@@ -488,6 +490,20 @@ class ScalesOfAnotherOutput(WithCodes):
     """Codes are multiplied by the scale of the output behind theirs."""
 
     multiplies = ScaleOfTheNextOutput
+
+
+class BitsOfAnotherEncoding(LinearByCodes):
+    def values(self, tensors: Sequence[Tensor]) -> Tensor:
+        codes, *rest = tensors
+        float8 = codes.dtype == torch.float8_e4m3fn
+        return super().values((codes.view(torch.float8_e4m3fnuz) if float8 else codes, *rest))
+
+
+@bug("L1/packer/fp8/float32/product")
+class Float8OfAnotherVendor(WithCodes):
+    """The bits of e4m3 are read as those of e4m3fnuz, with the same scales."""
+
+    multiplies = BitsOfAnotherEncoding
 
 
 class ZeroInTheMiddle(LinearByCodes):

@@ -288,7 +288,7 @@ def test_a_graph_that_runs_its_work_again_passes() -> None:
 def test_weights_in_codes_are_multiplied_by_those_alone_who_say_they_can() -> None:
     found = outcomes(buggy_platforms.WithCodes, "L1", "L1/packer")
     formats = {name.split("/")[1] for name in found if name.endswith("/product")}
-    assert formats == {"int8", "int4"}
+    assert formats == {"int8", "int4", "fp8"}
     assert {one.status for one in found.values()} == {"passed"}, found
 
 

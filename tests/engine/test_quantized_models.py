@@ -32,7 +32,7 @@ from trimaran.core.quantization.scheme import WeightScheme
 from trimaran.core.resolve import resolve
 from trimaran.platforms.communicator import LocalCommunicator
 from trimaran.platforms.interface import INT4, Capabilities, Platform
-from trimaran.platforms.ops import OPS, activation_rounding
+from trimaran.platforms.ops import OPS, activation_rounding, float8_rounding
 from trimaran.platforms.strict import StrictPlatform
 
 FILE = "model.safetensors"
@@ -47,6 +47,11 @@ PROMPTS = [prompt(length, 40 + length) for length in (3, 9, 24, 49)]
 def int8_values(weight: Tensor) -> Tensor:
     scale = weight.abs().amax(1, keepdim=True) / 127
     return (weight / scale).round() * scale
+
+
+def fp8_values(weight: Tensor) -> Tensor:
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
 
 
 def int4_values(weight: Tensor) -> Tensor:
@@ -66,7 +71,8 @@ def with_values(tmp_path: Path) -> Callable[[str, str], Path]:
         path = tmp_path / f"{variant}-{quantization}"
         shutil.copytree(model_path(variant), path)
         tensors = load_file(path / FILE)
-        values = int8_values if quantization == "int8" else int4_values
+        by_row = {"int8": int8_values, "fp8": fp8_values}
+        values = by_row.get(quantization, int4_values)
         for name, tensor in tensors.items():
             if "_proj.weight" in name:
                 tensors[name] = values(tensor)
@@ -90,7 +96,7 @@ def tokens(variant: str, **options: Any) -> list[list[int]]:
     return [found[str(i), 0].tokens for i in range(len(PROMPTS))]
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("variant", ["llama3", "qwen3_tied"])
 def test_tokens_are_those_of_the_codes_values(
     variant: str, quantization: str, with_values: Callable[[str, str], Path]
@@ -166,8 +172,13 @@ def test_a_tied_table_stays_for_the_embedding() -> None:
 # -- rounded activations -------------------------------------------------------------------------
 
 
-def test_w8a8_is_within_what_the_contract_allows() -> None:
-    one = Harness(Native(), model_path("llama3"), length=32, quantization="int8")
+@pytest.mark.parametrize(
+    ("quantization", "bound"), [("int8", activation_rounding), ("fp8", float8_rounding)]
+)
+def test_w8a8_is_within_what_the_contract_allows(
+    quantization: str, bound: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    one = Harness(Native(), model_path("llama3"), length=32, quantization=quantization)
     packed = one.decoder.layers[0].feed_forward.down._packed
     assert packed is not None
     plain = values_of(packed)
@@ -176,7 +187,7 @@ def test_w8a8_is_within_what_the_contract_allows() -> None:
     rounding.rounding = True
     error = (rounding(x, packed, None) - x @ plain.T).abs()
     tolerance = OPS["linear"].tolerance[torch.float32].atol
-    assert (error <= activation_rounding(x, plain) + tolerance).all()
+    assert (error <= bound(x, plain) + tolerance).all()
     assert error.max() > 100 * tolerance, "more than without rounding"
     one.close()
 
@@ -192,7 +203,7 @@ class OneOfTwo(LocalCommunicator):
 
 
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("platform", [StrictPlatform, Native])
 def test_shares_of_ranks_are_those_of_the_whole(
     platform: type[Platform], quantization: str, load_format: str
@@ -227,7 +238,7 @@ def test_shares_of_ranks_are_those_of_the_whole(
 
 @pytest.mark.tp2
 @pytest.mark.real
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_two_ranks_draw_the_tokens_of_one(
     quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -256,7 +267,7 @@ def damaged(tmp_path: Path, name: str, row: int, value: float) -> Path:
         ("lm_head.weight", 1030),
     ],
 )
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_a_weight_that_is_not_finite_is_named(
     quantization: str, name: str, row: int, tmp_path: Path
 ) -> None:
@@ -293,7 +304,7 @@ def test_inputs_that_no_group_divides_are_kept_in_int8(
 
 @pytest.mark.parametrize("platform", [CPU, "strict", NATIVE])
 @pytest.mark.parametrize("variant", ["llama3", "qwen3_tied"])
-@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int4", "fp8"])
 def test_what_is_held_is_what_was_planned(variant: str, quantization: str, platform: str) -> None:
     for dtype in ("float32", "bfloat16"):
         args = EngineArgs(
@@ -330,32 +341,35 @@ def test_codes_take_the_memory_of_codes() -> None:
     assert matrices(None) == 2 * (body + head)
     assert matrices("int8") == body + head + 4 * (outputs + 1031)
     assert matrices("int4") == body + head + body // 128 * 5 + 4 * 1031
-    assert matrices("int8", "strict") == matrices(None)
+    assert matrices("fp8") == matrices("int8")
+    assert matrices("int8", "strict") == matrices("fp8", "strict") == matrices(None)
 
 
-# -- caches in int8 -------------------------------------------------------------------------------
+# -- caches in 8 bits -----------------------------------------------------------------------------
 
 
-def test_a_cache_in_int8_serves_and_is_refused_where_there_is_none() -> None:
+@pytest.mark.parametrize("kept", ["int8", "fp8"])
+def test_a_cache_in_8_bits_serves_and_is_refused_where_there_is_none(kept: str) -> None:
     exact = tokens("llama3", platform="strict")
-    found = tokens("llama3", platform="strict", kv_cache_dtype="int8")
+    found = tokens("llama3", platform="strict", kv_cache_dtype=kept)
     same = sum(a == b for x, y in zip(exact, found, strict=True) for a, b in zip(x, y, strict=True))
-    assert found != exact and same > 16, "near, and not the same"
-    with open_loop("llama3", platform="strict", kv_cache_dtype="int8") as loop:
+    assert found != exact and same > (16 if kept == "int8" else 8), "near, and not the same"
+    with open_loop("llama3", platform="strict", kv_cache_dtype=kept) as loop:
         ids = prompt(70, 3)
         first = loop.run([greedy("0", ids, 8)])["0", 0]
         again = loop.run([greedy("1", ids, 8)])["1", 0]
         assert again.num_cached >= 48 and again.tokens == first.tokens
-    with pytest.raises(ConfigError, match="'cpu' keeps no int8 KV cache; it keeps float32"):
-        tokens("llama3", platform=CPU, kv_cache_dtype="int8")
+    with pytest.raises(ConfigError, match=f"'cpu' keeps no {kept} KV cache; it keeps float32"):
+        tokens("llama3", platform=CPU, kv_cache_dtype=kept)
 
 
-def test_a_platform_that_names_no_cache_has_none_in_int8() -> None:
+def test_a_platform_that_names_no_cache_has_none_in_8_bits() -> None:
     class Silent(StrictPlatform):
         def capabilities(self, device: int = 0) -> Capabilities:
             return Capabilities({"float32": "native", "float16": "native"})
 
     known = Silent().capabilities()
     assert choose_kv_dtype("auto", torch.float16, known, "silent") == torch.float16
-    with pytest.raises(ConfigError, match="it keeps float32, float16"):
-        choose_kv_dtype("int8", torch.float16, known, "silent")
+    for kept in ("int8", "fp8", "fp8_e5m2"):
+        with pytest.raises(ConfigError, match=f"no {kept} KV cache; it keeps float32, float16"):
+            choose_kv_dtype(kept, torch.float16, known, "silent")

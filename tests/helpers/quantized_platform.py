@@ -14,6 +14,7 @@ from trimaran.core.quantization.codes import dequantize
 from trimaran.platforms.cpu import CpuPlatform
 from trimaran.platforms.interface import (
     DENSE,
+    FP8,
     INT4,
     INT8,
     Capabilities,
@@ -25,6 +26,7 @@ from trimaran.platforms.interface import (
 )
 from trimaran.platforms.strict import StrictPlatform
 
+FORMATS = (INT8, INT4, FP8)
 CALLS: dict[str, int] = {}
 """Format → how often it was multiplied by."""
 
@@ -47,15 +49,24 @@ def values_of(weight: PackedWeight) -> Tensor:
     return dequantize(dict(zip(names, weight.tensors, strict=False)))
 
 
+def rounded(x: Tensor, format: str) -> Tensor:
+    """x as it is read by codes of this format, with a scale a token."""
+    float8 = format == f"kept {FP8}"
+    step = x.abs().amax(-1, keepdim=True) / (448 if float8 else 127)
+    codes = x / torch.where(step > 0, step, 1)
+    codes = codes.to(torch.float8_e4m3fn).to(x.dtype) if float8 else codes.round()
+    return codes * step
+
+
 class ByCodes(OpImpl):
-    """Weights as they are kept; with `rounding`, activations in int8 too (W8A8)."""
+    """Weights as they are kept; with `rounding`, activations in 8 bits too (W8A8)."""
 
     op = "linear"
     name = "by codes"
     rounding = False
 
     def supports(self, sig: OpSignature) -> Support:
-        if sig.weight_format not in (INT8, INT4):
+        if sig.weight_format not in FORMATS:
             return Support.no(f"{sig.weight_format} weights")
         return Support.yes()
 
@@ -64,8 +75,7 @@ class ByCodes(OpImpl):
         CALLS[weight.format] = CALLS.get(weight.format, 0) + 1
         plain = values_of(weight).to(x.dtype)
         if self.rounding:
-            step = x.abs().amax(-1, keepdim=True) / 127
-            x = (x / torch.where(step > 0, step, 1)).round() * step
+            x = rounded(x, weight.format)
         return torch.nn.functional.linear(x, plain, bias)
 
 
@@ -73,7 +83,7 @@ class Native(StrictPlatform):
     def capabilities(self, device: int = 0) -> Capabilities:
         known = super().capabilities(device)
         return Capabilities(
-            known.dtypes, known.kv_dtypes, weight_formats=("dense", INT8, INT4), run_ahead=1
+            known.dtypes, known.kv_dtypes, weight_formats=("dense", *FORMATS), run_ahead=1
         )
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
@@ -81,7 +91,17 @@ class Native(StrictPlatform):
         return {**ops, "linear": [ByCodes(), *ops["linear"]]}
 
     def weight_packers(self) -> Mapping[str, WeightPacker]:
-        return {**super().weight_packers(), **{one: Keeping(one) for one in (INT8, INT4)}}
+        return {**super().weight_packers(), **{one: Keeping(one) for one in FORMATS}}
+
+
+class Rounding(Native):
+    """It rounds activations as the GPU hulls do."""
+
+    def ops(self) -> Mapping[str, Sequence[OpImpl]]:
+        ops = dict(super().ops())
+        by_codes = ByCodes()
+        by_codes.rounding = True
+        return {**ops, "linear": [by_codes, *ops["linear"][1:]]}
 
 
 class PlainCpu(CpuPlatform):

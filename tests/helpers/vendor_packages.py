@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-MANIFEST = 'api = ">=0.4,<0.5"\nengine = ">=0.1"\ntorch = ">=2.8"\n'
+MANIFEST = 'api = ">=0.5,<0.6"\nengine = ">=0.1"\ntorch = ">=2.8"\n'
 
 # A whole platform in torch's own words, of no built-in hull.
 _PLATFORM = """
@@ -18,7 +18,7 @@ from trimaran.platforms.ops import DensePacker, reference_ops
 class Vendors(Platform):
     name = {name!r}
     vendor = "vendor"
-    api = ApiRange((0, 4), (0, 4))
+    api = ApiRange((0, 5), (0, 5))
 
     @classmethod
     def probe(cls):

@@ -14,6 +14,8 @@ import torch
 from helpers import gpu_answers as answers
 from helpers.gpu_answers import fake_amdsmi, fake_pynvml
 
+from trimaran.core.dtypes import choose_kv_dtype
+from trimaran.core.errors import ConfigError
 from trimaran.core.models.registry import decoder_spec
 from trimaran.core.ops import OpBinder
 from trimaran.core.sizing import measure_groups
@@ -21,6 +23,7 @@ from trimaran.platforms import accelerator_communicator, gpu_ops, gpu_platform
 from trimaran.platforms.communicator import LocalCommunicator
 from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.gpu_cards import Card
+from trimaran.platforms.gpu_kernels import table_for
 from trimaran.platforms.gpu_platform import GpuPlatform, find_ordinal
 from trimaran.platforms.gpu_tables import AMD, AMD_CARDS, NVIDIA, NVIDIA_CARDS, capabilities_of
 from trimaran.platforms.gpu_wheels import CUDA_INDEXES, ROCM_INDEXES
@@ -28,6 +31,7 @@ from trimaran.platforms.interface import (
     AttentionSpec,
     Communicator,
     GroupSpec,
+    OpSignature,
     PlatformUnavailable,
 )
 from trimaran.platforms.rocm import RocmPlatform
@@ -101,7 +105,60 @@ def test_number_formats(architecture: str, bfloat16: str, fp8: str | None) -> No
     assert known.dtypes["float32"] == known.dtypes["float16"] == "native"
     assert known.isa == architecture
     assert known.run_ahead == 1 and known.graph_replay
-    assert set(known.kv_dtypes) == {*known.dtypes, "int8"}
+    kinds = {"ocp": {"float8_e4m3fn", "float8_e5m2"}, "fnuz": {"float8_e4m3fnuz"}, None: set()}
+    ampere = {"float8_e5m2"} if architecture in ("sm_80", "sm_86") else set()
+    assert set(known.kv_dtypes) == {*known.dtypes, "int8", *kinds[fp8], *ampere}
+
+
+@pytest.mark.parametrize("architecture", [*NVIDIA, *AMD])
+def test_a_cache_in_float8_is_claimed_where_the_table_has_it(architecture: str) -> None:
+    """And every type of an architecture's own table is claimed."""
+    claimed = set(capabilities_of(architecture, {**NVIDIA, **AMD}[architecture]).kv_dtypes)
+    kinds, table = {name for name in claimed if "float8" in name}, table_for(architecture)
+    assert kinds <= set(table.fp8)
+    assert table.architecture != architecture or kinds == set(table.fp8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kept"),
+    [((8, 0), "float8_e5m2"), ((8, 6), "float8_e5m2"), ((8, 9), "float8_e4m3fn")],
+)
+def test_an_attention_takes_the_float8_that_its_cards_convert(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kept: str
+) -> None:
+    platform = cuda_with(monkeypatch, replace(answers.L4, capability=capability))
+    known = platform.capabilities()
+    assert choose_kv_dtype("fp8_e5m2", torch.float16, known, "cuda") == torch.float8_e5m2
+    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz"):
+        spec = AttentionSpec(4, 2, 64, 0.125, torch.float16, getattr(torch, name), 32)
+        answer = platform.attention(spec)[0].supports(spec)
+        assert bool(answer) == (name in known.kv_dtypes), answer.reason
+    assert kept in known.kv_dtypes
+
+
+@pytest.mark.parametrize(("capability", "has"), [((8, 0), False), ((8, 6), False), ((9, 0), True)])
+def test_fp8_weights_are_packed_where_the_matrix_units_read_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], has: bool
+) -> None:
+    platform = cuda_with(monkeypatch, replace(answers.L4, capability=capability))
+    formats = platform.capabilities().weight_formats
+    assert ("fp8" in formats) == has
+    assert {*platform.weight_packers(), "dense"} == set(formats)
+    use = OpSignature("linear", torch.bfloat16, {"in_features": 64, "out_features": 32}, "fp8")
+    (scaled,) = (impl for impl in platform.ops()["linear"] if impl.name == "scaled_mm")
+    assert bool(scaled.supports(use)) == has
+
+
+def test_fp8_is_the_kind_that_the_platform_keeps() -> None:
+    def chosen(asked: str, architecture: str) -> torch.dtype:
+        known = capabilities_of(architecture, {**NVIDIA, **AMD}[architecture])
+        return choose_kv_dtype(asked, torch.bfloat16, known, "a gpu")
+
+    assert chosen("fp8", "sm_90") == chosen("fp8_e4m3", "gfx950") == torch.float8_e4m3fn
+    assert chosen("fp8", "gfx942") == chosen("fp8_e4m3", "gfx942") == torch.float8_e4m3fnuz
+    for asked, architecture in (("fp8", "sm_80"), ("fp8_e5m2", "gfx942"), ("fp8", "gfx90a")):
+        with pytest.raises(ConfigError, match=f"'a gpu' keeps no {asked} KV cache; it keeps "):
+            chosen(asked, architecture)
 
 
 def test_what_shares_the_hosts_memory() -> None:

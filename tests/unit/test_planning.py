@@ -83,7 +83,7 @@ class Described(StrictPlatform):
     def known_devices(cls) -> Sequence[DeviceSpec]:
         line = Roofline(1e12, {"bfloat16": 1e14}, "a made-up data sheet")
         dtypes = {"float32": "native", "bfloat16": "native"}
-        known = Capabilities(dtypes, kv_dtypes=(*dtypes, "int8"))
+        known = Capabilities(dtypes, kv_dtypes=(*dtypes, "int8", "float8_e4m3fn"))
         return (DeviceSpec("toy", "Toy 9000", "t9", 80 * GIB, line, known),)
 
     def review(self, plan: Mapping[str, Any]) -> Sequence[Finding]:
@@ -172,11 +172,12 @@ def test_limits_are_those_of_the_formulas() -> None:
     assert found.value("limits", "prefill of 2048") == pytest.approx(work / 1e14, rel=1e-6)
 
 
-def test_a_cache_in_int8_is_read_with_its_scales() -> None:
-    args = args_of("qwen3-0.6b", dtype="bfloat16", kv_cache_dtype="int8")
+@pytest.mark.parametrize(("kept", "scale"), [("int8", 4), ("fp8", 0)])
+def test_a_cache_in_8_bits_is_read_with_its_scales(kept: str, scale: int) -> None:
+    args = args_of("qwen3-0.6b", dtype="bfloat16", kv_cache_dtype=kept)
     found = plan(read_model(args), args, toy(), context=512)
-    vectors = 28 * 2 * 8  # layers, key and value, heads: each 128 codes and a scale in fp32
-    one = (2 * 596_049_920 + 512 * vectors * (128 + 4)) / 1e12
+    vectors = 28 * 2 * 8  # layers, key and value, heads: each 128 codes, and int8's scale
+    one = (2 * 596_049_920 + 512 * vectors * (128 + scale)) / 1e12
     assert found.value("limits", "decode, batch 1") == pytest.approx(1 / one, rel=1e-5)
 
 

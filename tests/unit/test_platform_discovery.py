@@ -191,7 +191,7 @@ def test_what_a_platform_lacks_or_breaks_is_a_reason(entry: Any) -> None:
     entry("renamed", Platform=Minimal)
     assert reason("probing") == "OSError: libacme.so: cannot open shared object file"
     assert reason("absent") == "no such device here"
-    assert "written for platform API 7.0 to 7.2; this engine has 0.4" in reason("future")
+    assert "written for platform API 7.0 to 7.2; this engine has 0.5" in reason("future")
     assert "Abstract lacks attention, capabilities" in reason("abstract")
     assert "AttributeError" in reason("empty")
     assert "not a Platform class" in reason("notone")
@@ -371,16 +371,16 @@ def test_an_api_that_is_no_range_is_a_reason(entry: Any) -> None:
         (MANIFEST.replace('">=2.8"', "2.8"), "lacks a range for torch"),
         (MANIFEST.replace('">=2.8"', '"2.8 or so"'), 'torch = "2.8 or so" is no range'),
         (
-            MANIFEST.replace(">=0.4,<0.5", ">=2.0"),
-            "this engine has 0.4: upgrade trimaran, or install an older release of vendor-acme",
+            MANIFEST.replace(">=0.5,<0.6", ">=2.0"),
+            "this engine has 0.5: upgrade trimaran, or install an older release of vendor-acme",
         ),
         (
-            MANIFEST.replace(">=0.4,<0.5", "<0.4"),
-            "asks for platform API <0.4; this engine has 0.4: install a newer release of vendor-",
+            MANIFEST.replace(">=0.5,<0.6", "<0.5"),
+            "asks for platform API <0.5; this engine has 0.5: install a newer release of vendor-",
         ),
         (MANIFEST.replace(">=0.1", ">=99"), "asks for trimaran >=99; "),
         (MANIFEST.replace(">=2.8", "==1.13.*"), "asks for torch ==1.13.*; "),
-        (MANIFEST.replace(">=0.4,<0.5", ">=0.4,!=0.4"), "install a newer release of vendor-acme"),
+        (MANIFEST.replace(">=0.5,<0.6", ">=0.5,!=0.5"), "install a newer release of vendor-acme"),
     ],
 )
 def test_a_manifest_that_does_not_fit_is_a_reason_and_nothing_is_imported(
@@ -486,7 +486,7 @@ def adapt(cls: type[Any]) -> type[Any]:
 def test_a_platform_of_the_major_before_runs_through_the_shim(
     install: Any, trials: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install("acme", OLD, manifest=MANIFEST.replace(">=0.4,<0.5", ">=0.8,<1"))
+    install("acme", OLD, manifest=MANIFEST.replace(">=0.5,<0.6", ">=0.8,<1"))
     with monkeypatch.context() as old_engine:
         assert "upgrade trimaran" in reason("acme")
         old_engine.setattr(api, "PLATFORM_API", (1, 3))
@@ -508,7 +508,7 @@ def test_a_platform_of_the_major_before_runs_through_the_shim(
 def test_a_class_of_this_version_is_still_checked_when_it_is_defined(
     install: Any, trials: list[str]
 ) -> None:
-    install("acme", OLD.replace("(0, 8), (0, 9)", "(0, 4), (0, 4)"))
+    install("acme", OLD.replace("(0, 8), (0, 9)", "(0, 5), (0, 5)"))
     assert "Card.alloc(self, shape, kind) does not match" in reason("acme")
 
 
@@ -639,7 +639,7 @@ BROKEN = {
     "rewiring": ("import torch\ntorch.matmul = lambda *_: None", "changes torch.matmul"),
     "renamed": ("Vendors.name = 'acme'", "is called 'acme', its entry point 'renamed'"),
     "boasting": ("Vendors.probe = classmethod(lambda cls: Probe(10**9, ''))", "scores 1000000000"),
-    "partial": ("class Vendors(Platform): api = ApiRange((0, 4), (0, 4))", "Vendors lacks"),
+    "partial": ("class Vendors(Platform): api = ApiRange((0, 5), (0, 5))", "Vendors lacks"),
 }
 
 GENERATE = """
@@ -658,7 +658,7 @@ def test_broken_packages_are_a_line_each_and_the_good_one_serves(tmp_path: Path)
     site, home = tmp_path / "site", tmp_path / "home"
     for name, (code, _) in BROKEN.items():
         vendor_packages.install(site, name, code)
-    newer = MANIFEST.replace(">=0.4,<0.5", ">=2.0")
+    newer = MANIFEST.replace(">=0.5,<0.6", ">=2.0")
     vendor_packages.install(site, "newer", "raise SystemExit('imported')", manifest=newer)
     vendor_packages.install(site, "acme", score=9000)
     environment = {**os.environ, "PYTHONPATH": str(site), "HOME": str(home)}
@@ -675,7 +675,7 @@ def test_broken_packages_are_a_line_each_and_the_good_one_serves(tmp_path: Path)
         assert report["chosen"] == "acme" and report["ops"] and "error" not in report
         shown = {one["name"]: one for one in report["platforms"]}
         expected = {name: text for name, (_, text) in BROKEN.items()}
-        expected["newer"] = "asks for platform API >=2.0; this engine has 0.4: upgrade trimaran"
+        expected["newer"] = "asks for platform API >=2.0; this engine has 0.5: upgrade trimaran"
         for name, text in expected.items():
             assert not shown[name]["usable"] and text in shown[name]["reason"], name
             assert shown[name]["origin"] == f"vendor-{name} 1.0"

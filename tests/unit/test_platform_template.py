@@ -215,7 +215,7 @@ def test_a_copy_for_a_later_contract_is_refused_in_one_line(
     for path in (path for path in (tmp_path / "later").rglob("*") if path.is_file()):
         path.write_text(path.read_text().replace("acme", "later").replace("Acme", "Later"))
     manifest = tmp_path / "later" / "trimaran_later" / "trimaran-platform.toml"
-    manifest.write_text(manifest.read_text().replace('">=0.4,<0.5"', '">=2.0"'))
+    manifest.write_text(manifest.read_text().replace('">=0.5,<0.6"', '">=2.0"'))
     monkeypatch.syspath_prepend(str(tmp_path / "later"))
     (later,) = (one for one in registry.available() if one.name == "later")
     assert later.cls is None and later.origin == "trimaran-later 0.1.0"

@@ -21,7 +21,7 @@ class AcmePlatform(tri.Platform):
 
     name = "acme"  # the entry point's name in pyproject.toml
     vendor = "Acme"
-    api = tri.ApiRange((0, 4), (0, 4))  # as in trimaran-platform.toml
+    api = tri.ApiRange((0, 5), (0, 5))  # as in trimaran-platform.toml
     memory: ClassVar[int] = 1 << 30  # bytes a device; VENDOR: ask the driver
 
     @classmethod
