@@ -119,7 +119,7 @@ class PackedCache:
             if shutil.disk_usage(self._path.parent).free < SPARE * size:
                 logger.info("packed weights are not kept: the disk of %s is near full", self._path)
                 return
-            _write(partial, weights)
+            _write(partial, weights, self._device)
             partial.replace(self._path)
         except OSError as error:
             logger.warning("packed weights are not kept: %s", error)
@@ -151,7 +151,7 @@ class PackedCache:
         return weights
 
 
-def _write(path: Path, weights: Mapping[str, PackedWeight]) -> None:
+def _write(path: Path, weights: Mapping[str, PackedWeight], device: Device) -> None:
     described, header, tensors, end = {}, {}, [], 0
     for name, weight in weights.items():
         described[name] = {
@@ -171,7 +171,8 @@ def _write(path: Path, weights: Mapping[str, PackedWeight]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+            values = tensor.contiguous().view(-1).view(torch.uint8)
+            file.write((values if values.device == _HOST else device.to_host(values)).numpy().data)
 
 
 def _header(file: int) -> tuple[dict[str, Any], dict[str, _Entry]]:
@@ -194,20 +195,30 @@ def _read(file: int, entries: Collection[_Entry], device: Device) -> Tensor:
     """All tensors in one allocation, bytes; read by several threads at once."""
     last = max(entries, key=lambda entry: entry.place)
     memory = device.alloc((last.place + last.end - last.begin,), torch.uint8, tag="weights")
-    target = memory.numpy().data
 
     def fill(part: tuple[int, int, int]) -> None:
-        offset, place, left = part
-        while left:
-            count = os.preadv(file, [target[place : place + left]], offset)
-            if count == 0:
-                raise OSError("it ends early")
-            offset, place, left = offset + count, place + count, left - count
+        offset, place, size = part
+        target = memory[place : place + size]
+        if memory.device == _HOST:
+            return _read_into(target, file, offset)
+        staged = torch.empty(size, dtype=torch.uint8)
+        _read_into(staged, file, offset)
+        target.copy_(staged)
 
     parts = [part for entry in entries for part in _parts(entry)]
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(fill, parts))
     return memory
+
+
+def _read_into(target: Tensor, file: int, offset: int) -> None:
+    """Fill `target`, bytes on the host. Raises OSError where the file ends before it is full."""
+    room = target.numpy().data
+    while room:
+        count = os.preadv(file, [room], offset)
+        if count == 0:
+            raise OSError("it ends early")
+        offset, room = offset + count, room[count:]
 
 
 def _parts(entry: _Entry) -> Iterator[tuple[int, int, int]]:
@@ -229,6 +240,9 @@ def _weights(
         size = sum(tensor.nbytes for tensor in tensors)
         yield name, PackedWeight(value["format"], tuple(value["shape"]), tuple(tensors), size)
 
+
+_HOST = torch.frombuffer(bytearray(1), dtype=torch.uint8).device
+"""Where a file is read into: on a device that has its tensors there, nothing is copied twice."""
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import torch
 from helpers.engine_loop import greedy, open_loop
 from helpers.native import needs_native
 from helpers.tiny_models import model_path
+from torch import Tensor
 
 from trimaran.core.models import packed_cache
+from trimaran.platforms.interface import PackedWeight
+from trimaran.platforms.strict_device import StrictDevice
 
 pytestmark = needs_native
 PROMPT = list(range(5, 25))
@@ -92,3 +97,40 @@ def test_small_checkpoints_are_not_kept_unless_asked(
     monkeypatch.setattr(packed_cache, "AUTO_BYTES", 0)
     tokens("qwen3", "auto")
     assert len(list((tmp_path / "trimaran" / "packed").iterdir())) == 1
+
+
+class Foreign(Tensor):
+    """Memory that is not the host's: its bytes cannot be had without a copy."""
+
+    device = torch.device("meta")
+
+    def numpy(self, *, force: bool = False) -> NoReturn:
+        raise TypeError("it is not on the host")
+
+
+class ForeignDevice(StrictDevice):
+    def alloc(self, shape: Sequence[int], dtype: torch.dtype, tag: str) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype).as_subclass(Foreign)
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, Foreign)
+        return tensor.as_subclass(Tensor).clone()
+
+
+def test_weights_on_a_device_are_kept_and_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_cache, "CHUNK", 64)
+    parts = (torch.randn(24, 10).to(torch.float8_e4m3fn), torch.randn(24), torch.randn(3).half())
+    there = tuple(part.as_subclass(Foreign) for part in parts)
+    weight = PackedWeight("codes", (24, 10), there)
+    device, path = ForeignDevice(0, 0.0), tmp_path / "file.safetensors"
+    made = packed_cache.PackedCache(path, device)
+    made.add("layer", weight)
+    made.save()
+    kept = packed_cache.PackedCache(path, device).get("layer", (24, 10))
+    device.close()
+    assert kept is not None
+    for found, expected in zip(kept.tensors, parts, strict=True):
+        assert isinstance(found, Foreign) and found.dtype == expected.dtype
+        assert torch.equal(found.as_subclass(Tensor).float(), expected.float())
