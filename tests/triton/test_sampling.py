@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -182,6 +183,21 @@ def test_settings_at_their_ends(device: torch.device, brief: Table) -> None:
     for temperature in (1e-5, 1.0, 100.0)[: count(device, 3, 2)]:
         floats = torch.stack([temperature * ones, top_p, min_p]).to(device)
         check(logits, floats, ints, brief)
+
+
+def test_a_nucleus_that_ends_exactly(device: torch.device, brief: Table) -> None:
+    """The largest logit weighs 1, and the others each a half to the last bit: a share of a half
+    is the largest alone, and the next share there is takes the others too."""
+    logits = torch.full((4, 50), -INF, device=device)
+    logits[:, 7], logits[:, [3, 40]] = 0.0, -math.log(2)
+    half = torch.tensor(0.5)
+    top_p = torch.stack([half, half, half.nextafter(torch.tensor(1.0)), torch.tensor(0.75)])
+    floats = torch.stack([torch.ones(4), top_p, torch.zeros(4)]).to(device)
+    ints = torch.stack([torch.tensor([0, 3, 0, 0]), *torch.randint(0, 2**32, (4, 4))]).to(device)
+    check(logits, floats, ints, brief)
+    _, floor = sampling.draw(logits, floats, ints, brief)
+    lowest = logits[0, 3].item()
+    assert floor.tolist() == [0.0, 0.0, lowest, lowest]
 
 
 def test_rows_that_fail(device: torch.device, brief: Table) -> None:
