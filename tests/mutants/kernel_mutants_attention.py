@@ -75,7 +75,7 @@ of.plant(
 of.plant(
     "int8 to bfloat16 loses its last bit",
     "test_every_int8_code_as_bfloat16",
-    *("decode", "bitcast=True) >> 16", "bitcast=True) >> 16 & -2"),
+    *("decode", "bitcast=True) >> 16", "bitcast=True) >> 16 & -4"),
 )
 of.plant(
     "int8 to bfloat16 one bit off",
@@ -101,7 +101,7 @@ of.plant(
 )
 of.plant(
     "unmasked before the window of the last query",
-    "test_features[window]",
+    "test_a_window_that_ends_within_a_tile_of_queries",
     *(
         "_attend_tiles",
         "oldest_key(last_position, WINDOW), BLOCK_N)",
@@ -198,7 +198,7 @@ of.plant(
 )
 of.plant(
     "the rotary channels left out",
-    "test_decode[[1]-16-torch.float32]",
+    "test_decode[[70, 16]-5-torch.float32]",
     *("_attend", "LATENT + tl.arange(0, ROTARY)", "LATENT - ROTARY + tl.arange(0, ROTARY)"),
 )
 of.plant(

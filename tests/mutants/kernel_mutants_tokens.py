@@ -77,7 +77,7 @@ of.plant(
 )
 of.plant(
     "the noise of a row's first tile for all",
-    "test_draws_are_the_references[3001-3.0]",
+    "test_draws_are_the_references[1000-3.0]",
     *("_survey", "gumbel_from(start, TILE", "gumbel_from(0, TILE"),
 )
 of.plant(
@@ -111,7 +111,7 @@ of.plant(
 )
 of.plant(
     "the list of a nucleus ends too early",
-    "test_settings_at_their_ends",
+    "test_logits_at_the_edges_of_bins",
     *("_last_bin", "tl.maximum(number - 1, 0)", "tl.maximum(number - 2, 0)"),
 )
 of.plant(
@@ -140,7 +140,7 @@ of.plant(
 )
 of.plant(
     "bins half as wide as they are taken to be",
-    "test_draws_are_the_references[1000-3.0]",
+    "test_logits_at_the_edges_of_bins",
     *("_bin", "distance * 4.0", "distance * 8.0"),
 )
 of.plant(

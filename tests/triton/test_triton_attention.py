@@ -210,6 +210,13 @@ def test_features(name: str, device: torch.device, table: Table) -> None:
     check(make_step(MIXED, spec, device), spec, table, slopes=slopes)
 
 
+def test_a_window_that_ends_within_a_tile_of_queries(device: torch.device, table: Table) -> None:
+    """The last queries of a tile no longer see keys that the first ones see, tiles before those
+    that not all see yet."""
+    spec = spec_of(sliding_window=70)
+    check(make_step(((40, 260),), spec, device), spec, table)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # in the interpreter; it is meant to
 def test_softcap_of_large_scores(device: torch.device, table: Table) -> None:
     spec = spec_of(softcap=50.0, scale=1000.0)
