@@ -324,61 +324,6 @@ def _search(
     return high
 
 
-@triton.jit
-def _survivor(
-    source_ptr,
-    ids_ptr,
-    length,
-    floats_ptr,
-    ints_ptr,
-    weights_at,
-    largest,
-    row,
-    rows,
-    UNIT: tl.constexpr,
-    TILE: tl.constexpr,
-    PIVOTS: tl.constexpr,
-):
-    """(the token drawn, the largest distance that survives, as bits) among `length` logits; their
-    token ids are at `ids_ptr`, or None: they are a whole row.
-
-    Called for each source apart: the AMD backend of Triton 3.6 does not compile a pointer that is
-    one or another.
-    """
-    temperature, top_p, top_k, allowed = _settings(floats_ptr, ints_ptr, row, rows)
-    total = tl.sum(tl.load(weights_at), axis=0).to(tl.float64)
-    most = allowed.to(tl.int32, bitcast=True)
-    if top_k > 0:
-        kth = _search(
-            source_ptr, length, largest, temperature, tl.full([], _INFINITE, tl.int32),
-            top_k.to(tl.float64), False, UNIT, TILE, PIVOTS,
-        )  # fmt: skip
-        most = tl.minimum(most, kth)
-        if top_p < 1.0:
-            pivots = most + tl.zeros([PIVOTS], tl.int32)
-            found = _above(
-                source_ptr, length, largest, temperature, pivots, True, UNIT, TILE, PIVOTS
-            )  # fmt: skip
-            total = tl.max(found, axis=0).to(tl.float64)
-    if top_p < 1.0:
-        most = _search(
-            source_ptr, length, largest, temperature, most, top_p.to(tl.float64) * total,
-            True, UNIT, TILE, PIVOTS,
-        )  # fmt: skip
-    best = tl.full([TILE], -0x8000000000000000, tl.int64)
-    for start in range(0, length, TILE):
-        column = start + tl.arange(0, TILE)
-        inside = column < length
-        distance = _distance(source_ptr, column, inside, largest, temperature)
-        token = column
-        if ids_ptr is not None:
-            token = tl.load(ids_ptr + column, mask=inside, other=0)
-        score = gumbel_at(token, ints_ptr + rows + row, rows) - distance
-        survives = inside & (distance.to(tl.int32, bitcast=True) <= most)
-        best = tl.where(survives, tl.maximum(best, ranked(score, token)), best)
-    return index_of(tl.max(best, axis=0)), most
-
-
 @triton.jit(do_not_specialize=["rows"])
 def _choose(
     logits_ptr,
@@ -414,17 +359,41 @@ def _choose(
         tl.store(floor_ptr + row, float("-inf"))
         return
     length = tl.load(lengths_ptr + row)
-    if length < 0:
-        token, most = _survivor(
-            logits_ptr + row * stride, None, tl.full([], VOCAB, tl.int32), floats_ptr, ints_ptr,
-            weights_ptr + parts, largest, row, rows, UNIT, TILE, PIVOTS,
+    known = length  # how many ids are listed; a row's own are its columns
+    # By numbers: the AMD backend of Triton 3.6 does not compile a pointer that is one or another.
+    whole, listed = logits_ptr + row * stride, listed_ptr + row * LIST
+    source = tl.where(length < 0, whole.to(tl.int64), listed.to(tl.int64))
+    source = source.to(tl.pointer_type(tl.float32))
+    length = tl.where(length < 0, VOCAB, length)
+    total = tl.sum(tl.load(weights_ptr + parts), axis=0).to(tl.float64)
+    most = allowed.to(tl.int32, bitcast=True)
+    if top_k > 0:
+        kth = _search(
+            source, length, largest, temperature, tl.full([], _INFINITE, tl.int32),
+            top_k.to(tl.float64), False, UNIT, TILE, PIVOTS,
         )  # fmt: skip
-    else:
-        token, most = _survivor(
-            listed_ptr + row * LIST, ids_ptr + row * LIST, length, floats_ptr, ints_ptr,
-            weights_ptr + parts, largest, row, rows, UNIT, TILE, PIVOTS,
+        most = tl.minimum(most, kth)
+        if top_p < 1.0:
+            pivots = most + tl.zeros([PIVOTS], tl.int32)
+            found = _above(
+                source, length, largest, temperature, pivots, True, UNIT, TILE, PIVOTS
+            )  # fmt: skip
+            total = tl.max(found, axis=0).to(tl.float64)
+    if top_p < 1.0:
+        most = _search(
+            source, length, largest, temperature, most, top_p.to(tl.float64) * total,
+            True, UNIT, TILE, PIVOTS,
         )  # fmt: skip
-    tl.store(tokens_ptr + row, token)
+    best = tl.full([TILE], -0x8000000000000000, tl.int64)
+    for start in range(0, length, TILE):
+        column = start + tl.arange(0, TILE)
+        inside = column < length
+        distance = _distance(source, column, inside, largest, temperature)
+        token = tl.load(ids_ptr + row * LIST + column, mask=inside & (column < known), other=column)
+        score = gumbel_at(token, ints_ptr + rows + row, rows) - distance
+        survives = inside & (distance.to(tl.int32, bitcast=True) <= most)
+        best = tl.where(survives, tl.maximum(best, ranked(score, token)), best)
+    tl.store(tokens_ptr + row, index_of(tl.max(best, axis=0)))
     tl.store(floor_ptr + row, 0.0 - most.to(tl.float32, bitcast=True))
 
 

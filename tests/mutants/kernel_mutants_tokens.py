@@ -83,7 +83,7 @@ of.plant(
 of.plant(
     "noise by the place in the list",
     "test_draws_are_the_references[1000-3.0]",
-    *("_survivor", "score = gumbel_at(token,", "score = gumbel_at(column,"),
+    *("_choose", "score = gumbel_at(token,", "score = gumbel_at(column,"),
 )
 of.plant(
     "the nucleus ends after its boundary",
@@ -94,15 +94,15 @@ of.plant(
     "the nucleus of all, not of the top k",
     "test_draws_are_the_references[1000-0.5]",
     *(
-        "_survivor",
+        "_choose",
         "total = tl.max(found, axis=0).to(tl.float64)",
         "total = total + 0.0 * tl.max(found, axis=0)",
     ),
 )
 of.plant(
-    "what is at a pivot is beyond it",
+    "what is near a pivot counts as before it",
     "test_draws_are_the_references[1000-0.5]",
-    *("_above", "bits[:, None] <= pivots[None, :]", "bits[:, None] < pivots[None, :]"),
+    *("_above", "bits[:, None] <= pivots[None, :]", "bits[:, None] <= pivots[None, :] + 65536"),
 )
 of.plant(
     "the list of a top k is one short",
@@ -122,11 +122,7 @@ of.plant(
 of.plant(
     "ids of the first row's list",
     "test_draws_are_the_references[1000-3.0]",
-    *(
-        "_choose",
-        "listed_ptr + row * LIST, ids_ptr + row * LIST",
-        "listed_ptr + row * LIST, ids_ptr",
-    ),
+    *("_choose", "ids_ptr + row * LIST + column", "ids_ptr + column"),
 )
 of.plant(
     "no temperature",
