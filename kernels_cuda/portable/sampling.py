@@ -360,10 +360,11 @@ def _choose(
         return
     length = tl.load(lengths_ptr + row)
     known = length  # how many ids are listed; a row's own are its columns
-    source = listed_ptr + row * LIST
-    if length < 0:
-        source = logits_ptr + row * stride
-        length = tl.full([], VOCAB, tl.int32)
+    # By numbers: the AMD backend of Triton 3.6 does not compile a pointer that is one or another.
+    whole, listed = logits_ptr + row * stride, listed_ptr + row * LIST
+    source = tl.where(length < 0, whole.to(tl.int64), listed.to(tl.int64))
+    source = source.to(tl.pointer_type(tl.float32))
+    length = tl.where(length < 0, VOCAB, length)
     total = tl.sum(tl.load(weights_ptr + parts), axis=0).to(tl.float64)
     most = allowed.to(tl.int32, bitcast=True)
     if top_k > 0:

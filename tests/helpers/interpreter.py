@@ -2,7 +2,8 @@
 
 As it comes (3.6 to 3.9) it rounds towards zero where a number loses digits, loses the carry where
 rounding up reaches a power of two, does not know some 8-bit floats, and computes with the
-bits of bfloat16 as if they were integers. torch converts every one of these types rightly.
+bits of bfloat16 as if they were integers. torch converts every one of these types rightly. What
+stands here is checked by tests/triton/test_interpreter.py.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def mend() -> None:
     interpreter._convert_float = convert
     builder = interpreter.InterpreterBuilder
     dot, binary = builder.create_dot, builder.binary_op
+    unary, cast = builder.unary_op, builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
         return dot(self, _widened(a), _widened(b), d, precision, imprecise)
@@ -57,10 +59,21 @@ def mend() -> None:
         found = op(_widened(lhs).data, _widened(rhs).data)
         if found.dtype == np.bool_:  # a comparison
             return interpreter.TensorHandle(found, tl.int1)
-        bits = convert(found.astype(np.float32), tl.float32, tl.bfloat16, None)
-        return interpreter.TensorHandle(bits, tl.bfloat16)
+        return _narrowed(found)
+
+    def unary_op(self: Any, one: Any, op: Any) -> Any:
+        if one.dtype.scalar != tl.bfloat16:
+            return unary(self, one, op)
+        return _narrowed(op(_widened(one).data))
+
+    def cast_impl(self: Any, one: Any, wanted: Any) -> Any:
+        """To and from integers, too."""
+        if wanted.scalar == tl.bfloat16 and one.dtype.scalar != tl.bfloat16:
+            return _narrowed(one.data)
+        return cast(self, _widened(one), wanted)
 
     builder.create_dot, builder.binary_op = create_dot, binary_op
+    builder.unary_op, builder.cast_impl = unary_op, cast_impl
     if triton.__version__.startswith("3.6."):
         _let_one_number_be_an_index()
 
@@ -71,6 +84,12 @@ def _widened(one: Any) -> Any:
         return one
     wide = convert(one.data, tl.bfloat16, tl.float32, None).view(np.float32)
     return interpreter.TensorHandle(wide, tl.float32)
+
+
+def _narrowed(values: Any) -> Any:
+    """Numbers of any type as a handle of bfloat16."""
+    bits = convert(values.astype(np.float32), tl.float32, tl.bfloat16, None)
+    return interpreter.TensorHandle(bits, tl.bfloat16)
 
 
 def _let_one_number_be_an_index() -> None:

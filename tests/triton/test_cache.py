@@ -113,6 +113,34 @@ def test_write_float8(dtype: torch.dtype, device: torch.device, table: Table) ->
         )
 
 
+@pytest.mark.parametrize("dtype", FLOAT8, ids=str)
+def test_rope_write_float8(dtype: torch.dtype, device: torch.device, table: Table) -> None:
+    """Keys after the rotation, which here turns nothing, and values, each by their own scale."""
+    query, key, value = qkv(device, 5, 2, 2, 64, torch.float32)
+    rotation = Rotation(torch.zeros(5, dtype=torch.int64, device=device), angles(device, 64))
+    slots, found = slots_of(device, 5), empty(device, 2, 64, dtype)
+    found = found._replace(key_scale=0.25, value_scale=2.0)
+    cache.rope_write(query, key, value, rotation, found, slots, table)
+    exact = ((key / 0.25).to(dtype), (value / 2).to(dtype))
+    for ours, theirs in zip(written(found, slots), exact, strict=True):
+        assert ours.float().equal(theirs.float())
+
+
+def test_heads_of_zeros(device: torch.device, table: Table) -> None:
+    """Their norm is the epsilon's; what is nearly zero is not blown up."""
+    query, key, value = (part.clone() for part in qkv(device, 3, 2, 2, 64, torch.float32))
+    query[1], key[1], key[2] = 0.0, 0.0, key[2] * 1e-4
+    rotation = Rotation(torch.arange(3, device=device)[None], angles(device, 64))
+    weights = torch.randn(2, 64, device=device)
+    slots, found = slots_of(device, 3), empty(device, 2, 64, torch.float32)
+    norms = HeadNorms(*weights, 1e-6)
+    turned = cache.rope_write(query, key, value, rotation, found, slots, table, norms)
+    query, key = rms_norm(query, weights[0], 1e-6), rms_norm(key, weights[1], 1e-6)
+    expected = rope(query, key, *rotation)
+    torch.testing.assert_close(turned, expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(written(found, slots)[0], expected[1], rtol=1e-5, atol=1e-5)
+
+
 def test_negative_slots_are_not_written(device: torch.device, table: Table) -> None:
     query, key, value = qkv(device, 5, 2, 2, 64, torch.float32)
     slots = torch.tensor([5, -1, 17, -9, 100], device=device)

@@ -220,6 +220,16 @@ def test_int8_codes_of_tokens(shape: tuple[int, int], device: torch.device, tabl
     assert (codes != expected).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("size", [8, 5000])
+def test_int8_ties_go_to_the_even_code(size: int, device: torch.device, table: Table) -> None:
+    """The largest is 127, so that the scale is 1."""
+    x = (torch.arange(size, device=device) % 254 - 126.5).repeat(2, 1)
+    x[:, -1] = 127.0
+    codes, scales = quantize_tokens(x, torch.int8, table)
+    assert scales.eq(1).all()
+    assert codes.equal(x.round().to(torch.int8))
+
+
 @pytest.mark.parametrize("size", [128, 300, 512])
 def test_groups_have_scales_of_their_own(size: int, device: torch.device, table: Table) -> None:
     x = torch.randn(5, size, device=device) * torch.logspace(-2, 2, size, device=device)

@@ -30,12 +30,41 @@ def test_norms(
     weight = torch.randn(shape[-1], device=device).to(dtype)
     close(norm.rms_norm(x, weight, 1e-6, table), rms_norm(x, weight, 1e-6))
     found = norm.add_rms_norm(x, residual, weight, 1e-6, table)
-    for ours, theirs in zip(found, add_rms_norm(x, residual, weight, 1e-6), strict=True):
-        # The interpreter rounds the sum in bfloat16 towards zero: an ulp of what was added.
-        atol = 0.04 if dtype == torch.bfloat16 else OPS["add"].tolerance[dtype].atol
-        torch.testing.assert_close(
-            ours, theirs, rtol=1.6e-2 if dtype == torch.bfloat16 else 2e-3, atol=atol
-        )
+    expected = add_rms_norm(x, residual, weight, 1e-6)
+    close(found[0], expected[0])
+    assert found[1].equal(expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_norm_is_rounded_before_it_is_multiplied(
+    dtype: torch.dtype, device: torch.device, table: Table
+) -> None:
+    """To the bit, nearly everywhere: a product of what was not rounded differs at every third."""
+    x, weight = torch.randn(7, 1000, device=device).to(dtype), torch.randn(1000, device=device)
+    weight = weight.to(dtype)
+    same = norm.rms_norm(x, weight, 1e-6, table) == rms_norm(x, weight, 1e-6)
+    assert same.float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_the_sum_is_rounded_before_the_norm(
+    dtype: torch.dtype, device: torch.device, table: Table
+) -> None:
+    x, residual = torch.randn(2, 7, 1000, device=device).to(dtype)
+    weight = torch.ones(1000, device=device, dtype=dtype)
+    found, total = norm.add_rms_norm(x, residual, weight, 1e-6, table)
+    same = found == rms_norm(total, weight, 1e-6)
+    assert same.float().mean() > 0.99
+
+
+def test_rows_of_next_to_nothing(device: torch.device, table: Table) -> None:
+    """Where the mean square is no more than epsilon, or 0."""
+    x = (
+        torch.randn(4, 100, device=device)
+        * torch.tensor([0, 1e-4, 1e-3, 1], device=device)[:, None]
+    )
+    weight = torch.randn(100, device=device)
+    close(norm.rms_norm(x, weight, 1e-6, table), rms_norm(x, weight, 1e-6))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -62,13 +91,9 @@ def test_int8_codes_are_those_of_the_reference(device: torch.device, table: Tabl
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_float8_codes(dtype: torch.dtype, device: torch.device, table: Table) -> None:
-    """Those of torch's conversion; but the interpreter loses the carry where rounding up reaches
-    a power of two (127.9 becomes 64)."""
+    """Those of torch's conversion, but for an ulp in the quotient."""
     x, weight = torch.randn(9, 300, device=device), torch.randn(300, device=device)
     codes, scales, _ = norm.rms_norm_quantized(x, weight, 1e-6, table, dtype=dtype)
     expected = (rms_norm(x, weight, 1e-6) / scales[:, None]).to(dtype)
-    same = codes.float() == expected.float()
-    assert same.float().mean() > (0.99 if device.type == "cuda" else 0.85)
-    carried = expected.float().abs().log2().frac() == 0
-    assert (same | carried).float().mean() > 0.99
+    assert (codes.float() == expected.float()).float().mean() > 0.99
     assert codes.float().abs().amax(1).eq(torch.finfo(dtype).max).all()  # the whole range is used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def test_variates_of_few_and_many_bits(device: torch.device) -> None:
 
 
 def test_exponential_and_logarithm(device: torch.device) -> None:
-    x = torch.cat((torch.rand(2000), 10 ** (40 * torch.rand(2000) - 37), torch.ones(96))).to(device)
+    parts = torch.rand(2000), 10 ** (40 * torch.rand(2000) - 37), torch.linspace(80, 90, 95)
+    x = torch.cat((*parts, torch.ones(1))).to(device)
     exp, log = torch.empty(2, 4096, device=device)
     _functions[(1,)](x, exp, log, COUNT=4096)
     expected = (-x.double()).exp()
@@ -122,19 +124,21 @@ def test_argmax_of_equals_and_of_what_is_no_number(device: torch.device, table: 
 
 
 def settings(device: torch.device, rows: int) -> tuple[Tensor, Tensor]:
-    """Every mixture of filters, none of them in a third of the rows each."""
+    """Every mixture of filters in turn; the first six are none, top_p, top_k, both, all, and top_p
+    with min_p."""
+    mixture = torch.tensor([0, 1, 2, 3, 7, 5, 4, 6]).repeat(-(-rows // 8))[:rows]
 
-    def some(value: Tensor, none: float) -> Tensor:
-        return torch.where(torch.rand(rows) < 1 / 3, torch.full_like(value, none), value)
+    def some(value: Tensor, bit: int, none: float) -> Tensor:
+        return torch.where((mixture & bit) == 0, torch.full_like(value, none), value)
 
     floats = torch.stack(
         [
             0.3 + 1.7 * torch.rand(rows),
-            some(torch.rand(rows), 1.0),
-            some(torch.rand(rows) ** 3, 0.0),
+            some(torch.rand(rows), 1, 1.0),
+            some(torch.rand(rows) ** 3, 4, 0.0),
         ]
     )
-    top_k = some(2 ** (10 * torch.rand(rows)), 0.0).long()
+    top_k = some(2 ** (10 * torch.rand(rows)), 2, 0.0).long()
     ints = torch.stack([top_k, *torch.randint(0, 2**32, (3, rows)), torch.arange(rows)])
     return floats.to(device), ints.to(device)
 
@@ -182,6 +186,31 @@ def test_settings_at_their_ends(device: torch.device, brief: Table) -> None:
     for temperature in (1e-5, 1.0, 100.0)[: count(device, 3, 2)]:
         floats = torch.stack([temperature * ones, top_p, min_p]).to(device)
         check(logits, floats, ints, brief)
+
+
+def test_logits_at_the_edges_of_bins(device: torch.device, brief: Table) -> None:
+    """Where what the bins say of a nucleus is exact, and its last logit is the last that they
+    leave."""
+    logits = -0.25 * torch.arange(60, device=device).repeat(6, 1)
+    top_p = torch.tensor([0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+    floats = torch.stack([torch.ones(6), top_p, torch.zeros(6)]).to(device)
+    ints = torch.stack([torch.zeros(6).long(), *torch.randint(0, 2**32, (4, 6))]).to(device)
+    check(logits, floats, ints, brief)
+
+
+def test_a_nucleus_that_ends_exactly(device: torch.device, brief: Table) -> None:
+    """The largest logit weighs 1, and the others each a half to the last bit: a share of a half
+    is the largest alone, and the next share there is takes the others too."""
+    logits = torch.full((4, 50), -INF, device=device)
+    logits[:, 7], logits[:, [3, 40]] = 0.0, -math.log(2)
+    half = torch.tensor(0.5)
+    top_p = torch.stack([half, half, half.nextafter(torch.tensor(1.0)), torch.tensor(0.75)])
+    floats = torch.stack([torch.ones(4), top_p, torch.zeros(4)]).to(device)
+    ints = torch.stack([torch.tensor([0, 3, 0, 0]), *torch.randint(0, 2**32, (4, 4))]).to(device)
+    check(logits, floats, ints, brief)
+    _, floor = sampling.draw(logits, floats, ints, brief)
+    lowest = logits[0, 3].item()
+    assert floor.tolist() == [0.0, 0.0, lowest, lowest]
 
 
 def test_rows_that_fail(device: torch.device, brief: Table) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from trimaran.kernels_cuda.portable import attention, attention_split
+from trimaran.kernels_cuda.portable import attention, attention_split, attention_tile
 from trimaran.kernels_cuda.portable.attention import Sequences
 from trimaran.kernels_cuda.portable.paged import PagedCache
 from trimaran.kernels_cuda.portable.tuning import Table
@@ -209,6 +210,13 @@ def test_features(name: str, device: torch.device, table: Table) -> None:
     check(make_step(MIXED, spec, device), spec, table, slopes=slopes)
 
 
+def test_a_window_that_ends_within_a_tile_of_queries(device: torch.device, table: Table) -> None:
+    """The last queries of a tile no longer see keys that the first ones see, tiles before those
+    that not all see yet."""
+    spec = spec_of(sliding_window=70)
+    check(make_step(((40, 260),), spec, device), spec, table)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # in the interpreter; it is meant to
 def test_softcap_of_large_scores(device: torch.device, table: Table) -> None:
     spec = spec_of(softcap=50.0, scale=1000.0)
@@ -222,13 +230,27 @@ def test_sinks(window: int | None, device: torch.device, table: Table) -> None:
     check(make_step(MIXED, spec, device), spec, table, sinks=sinks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 150])
 def test_int8_cache(
     dtype: torch.dtype, window: int | None, device: torch.device, table: Table
 ) -> None:
     spec = spec_of(dtype=dtype, kv_dtype=torch.int8, sliding_window=window, block_size=48)
     check(make_step(MIXED, spec, device), spec, table)
+
+
+@triton.jit
+def _decode(code_ptr, out_ptr, dtype: tl.constexpr):
+    place = tl.arange(0, 256)
+    value = attention_tile.decode(tl.load(code_ptr + place), dtype)
+    tl.store(out_ptr + place, value.to(tl.float32))
+
+
+def test_every_int8_code_as_bfloat16(device: torch.device) -> None:
+    codes = torch.arange(-128, 128, dtype=torch.int8, device=device)
+    found = torch.empty(256, device=device)
+    _decode[(1,)](codes, found, tl.bfloat16)
+    assert found.equal(codes.float())
 
 
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]

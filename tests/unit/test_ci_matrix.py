@@ -16,6 +16,7 @@ TARGETS = [
     *(f"cuda-compile-sm_{arch}" for arch in (80, 89, 90, 100, 120)),
     *(f"rocm-compile-{arch}" for arch in ("gfx90a", "gfx942", "gfx950", "gfx1100")),
     "triton-numerics",
+    "triton-planted",
     "cuda-device",
     "rocm-device",
     "tp2",
