@@ -21,6 +21,7 @@ from .plan import StepOutput, StepPlan
 from .planning.started import compare_with_plan
 from .platform import make_platform
 from .runner.compiled import compile_steps, step_tracer
+from .runner.recorded import recording_scope
 from .runner.rows import SLACK
 from .runner.runner import Runner
 
@@ -112,6 +113,9 @@ class Rank:
             runner.compiled = compile_steps(
                 self.binder.platform, self._tracer, decoder, runner, scheduler
             )
+        scope = recording_scope(self.binder, buffers, scheduler, self.comm.size)
+        if scope is not None:
+            runner.record(scope)
         return runner
 
     def close(self) -> None:

@@ -53,12 +53,13 @@ class Refusal:
 @dataclass(frozen=True, slots=True)
 class Binding:
     """One op's choice. `chosen` is an implementation's name, `reference`, or for a fused op
-    without one `add + rms_norm`."""
+    without one `add + rms_norm`. `recordable`: see `OpImpl`."""
 
     op: str
     signature: OpSignature | AttentionSpec
     chosen: str
     refused: tuple[Refusal, ...] = ()
+    recordable: bool = True
 
 
 class WeightUse(NamedTuple):
@@ -151,7 +152,8 @@ class OpBinder:
         )
         if chosen is not None or refused:
             name = chosen.name if chosen else " + ".join(composition)
-            self._record(Binding(signature.op, signature, name, refused))
+            recordable = chosen is None or chosen.recordable  # of the parts each is bound by itself
+            self._record(Binding(signature.op, signature, name, refused, recordable))
         return chosen
 
     def attention(self, spec: AttentionSpec) -> AttentionImpl:
@@ -291,11 +293,12 @@ class OpBinder:
             self._impls.get(op, ()), lambda impl: impl.supports(signature)
         )
         if chosen is not None:
-            self._record(Binding(op, signature, chosen.name, refused))
+            self._record(Binding(op, signature, chosen.name, refused, chosen.recordable))
             return chosen
         composed = self._compose(signature)
         name = " + ".join(OPS[op].composition) if composed else REFERENCE
-        self._record(Binding(op, signature, name, refused))
+        recordable = bool(composed) or OPS[op].recordable
+        self._record(Binding(op, signature, name, refused, recordable))
         return composed or OPS[op].reference
 
     def _compose(self, signature: OpSignature) -> Callable[..., Any] | None:

@@ -58,11 +58,13 @@ class OpSignature:
 
 class OpImpl(Contract):
     """One implementation of one op. The call has the signature of the op's reference, and at
-    least one token."""
+    least one token. `recordable`: what it launches depends on shapes alone, so that
+    `Device.capture` can record it; False where the host reads what the device computed."""
 
     op: str
     name: str
     priority: int = 0
+    recordable: bool = True
 
     @abstractmethod
     def supports(self, sig: OpSignature) -> Support: ...
@@ -184,6 +186,14 @@ class AttentionImpl(Contract):
     @abstractmethod
     def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Any:
         """Per-step metadata, made once and used by every layer of the group."""
+
+    def plan_recorded(self, spec: AttentionSpec, block_tables: Tensor, seq_lens: Tensor) -> Any:
+        """As `plan`, of sequences with one query each, by what is on the device alone:
+        `block_tables` int32 `[seqs, max_blocks]`, `seq_lens` int32 `[seqs]`, this step included and
+        at most max_blocks * block_size. It runs inside `Device.capture`, and what it returns serves
+        `run` and a compiled step there: neither may depend on values. None: it cannot, and steps
+        are not recorded."""
+        return None
 
     @abstractmethod
     def write(self, key: Tensor, value: Tensor, kv: LayerKV, slots: Tensor) -> None:

@@ -102,12 +102,22 @@ class TritonAttention(AttentionImpl):
         edges = zip(batch.query_starts, batch.query_starts[1:], strict=False)
         most = max(stop - start for start, stop in edges)
         longest = max(batch.seq_lens)
-        return self.plan_on_device(
+        return self._planned(
             spec, attention.Sequences(batch.block_tables, starts, lens, most, longest)
         )
 
-    def plan_on_device(self, spec: AttentionSpec, sequences: attention.Sequences) -> Metadata:
-        """As `plan`, of sequences that are on the device already; waits for nothing there."""
+    def plan_recorded(
+        self, spec: AttentionSpec, block_tables: Tensor, seq_lens: Tensor
+    ) -> Metadata:
+        """How keys are split over programs is decided on the device, whatever the lengths."""
+        seqs, width = block_tables.shape
+        starts = torch.arange(seqs + 1, dtype=torch.int32, device=block_tables.device)
+        longest = width * spec.block_size
+        return self._planned(
+            spec, attention.Sequences(block_tables, starts, seq_lens, 1, longest)
+        )
+
+    def _planned(self, spec: AttentionSpec, sequences: attention.Sequences) -> Metadata:
         slopes = None
         if spec.alibi_slopes:
             device = sequences.block_tables.device

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..kernels_cuda.portable.tuning import Table, load
 from .interface import (
     AttentionImpl,
-    Device,
     OpImpl,
     StepFn,
     StepGraph,
-    StepInput,
     WeightPacker,
 )
 from .user_environment import fuse_unless_told
@@ -85,11 +81,9 @@ def portable_attention(table: Table) -> AttentionImpl:
     return attention
 
 
-def build_portable_step(graph: StepGraph, devices: Mapping[torch.device, Device]) -> StepFn | None:
-    """The step by the portable kernels, on that of the open `devices` where its buffers lie."""
-    buffers = (one for node in graph.nodes for one in node.arguments if isinstance(one, StepInput))
-    device = devices[next(buffers).tensor.device]
-    built: StepFn | None = _with_triton("gpu_step").compile_step(graph, device)
+def build_portable_step(graph: StepGraph) -> StepFn | None:
+    """The step by the portable kernels."""
+    built: StepFn | None = _with_triton("gpu_step").compile_step(graph)
     return built
 
 

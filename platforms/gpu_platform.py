@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -125,13 +124,7 @@ class GpuPlatform(Platform):
         except (RuntimeError, AssertionError) as error:  # torch asserts that it has the vendor
             reason = translated(error)
             raise PlatformUnavailable(f"{card.name} cannot be opened: {reason}") from error
-        self._opened[opened.torch_device] = opened
         return opened
-
-    @functools.cached_property
-    def _opened(self) -> MutableMapping[torch.device, Device]:
-        """The devices that are open, by torch's name for them."""
-        return weakref.WeakValueDictionary()
 
     @functools.cached_property
     def kernel_table(self) -> TableInUse:
@@ -197,7 +190,7 @@ class GpuPlatform(Platform):
         return open_accelerator_communicator(group, device, peers)
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
-        return build_portable_step(graph, self._opened)
+        return build_portable_step(graph)
 
     def describe(self) -> Mapping[str, str]:
         """Also how the cards are now: a hot or capped one explains a slow start."""

@@ -62,13 +62,15 @@ _COPIED = dict.fromkeys(_ROUNDING, EXACT)
 @dataclass(frozen=True, slots=True)
 class OpSpec:
     """One op. `required` ops must work on every platform; the others may be left out: those with a
-    `composition`, standard ops run in order, equal it, and the rest is served by the reference."""
+    `composition`, standard ops run in order, equal it, and the rest is served by the reference.
+    `recordable`: of the reference, see `OpImpl`."""
 
     name: str
     reference: Callable[..., Any]
     tolerance: Mapping[torch.dtype, Tolerance]
     required: bool = True
     composition: tuple[str, ...] = ()
+    recordable: bool = True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -258,8 +260,14 @@ OPS: Mapping[str, OpSpec] = {
         OpSpec("copy", copy, _COPIED),
         OpSpec("sample", sample, _COPIED),
         OpSpec("embed_packed", embed_packed, _COPIED, False),
-        OpSpec("moe", moe, _ACCUMULATED, False),
-        OpSpec("draw", draw, dict.fromkeys(_ROUNDING, _ROUNDING[torch.float32]), False),
+        OpSpec("moe", moe, _ACCUMULATED, False, recordable=False),
+        OpSpec(
+            "draw",
+            draw,
+            dict.fromkeys(_ROUNDING, _ROUNDING[torch.float32]),
+            False,
+            recordable=False,
+        ),
         OpSpec("add_rms_norm", add_rms_norm, _ROUNDING, False, ("add", "rms_norm")),
     )
 }
@@ -302,6 +310,7 @@ class ReferenceOp(OpImpl):
 
     def __init__(self, spec: OpSpec) -> None:
         self.op = spec.name
+        self.recordable = spec.recordable
         self._reference = spec.reference
 
     def supports(self, sig: OpSignature) -> Support:

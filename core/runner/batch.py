@@ -11,7 +11,7 @@ from torch import Tensor
 from ...platforms.interface import AttentionBatch, Device
 from ..models.step import StepBuffers
 from ..plan import StepPlan
-from .rows import RowTable
+from .rows import RowTable, flat_places
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +90,23 @@ class StagedBatch:
             used = blocks[:, : -(-longest // size)].index_select(0, self.rows)
             batch = AttentionBatch(self.query_starts, self.seq_lens, used, group.slots)
             group.metadata = group.impl.plan(group.spec, batch)
+
+
+def load_decoding(
+    table: RowTable, buffers: StepBuffers, rows: Tensor, positions: Tensor, reach: int
+) -> None:
+    """Fill the step buffers with one token of each of `rows`, which stands at `positions`, int64
+    `[seqs]` both, on the device. No sequence has more than `reach` tokens with it. What is launched
+    depends on shapes alone, so that it may be recorded."""
+    buffers.begin(len(rows))
+    places = flat_places(table.tokens, rows, positions)
+    buffers.token_ids.copy_(table.tokens.view(-1).index_select(0, places))
+    buffers.positions.copy_(positions)
+    seq_lens = (positions + 1).int()
+    for group, blocks in zip(buffers.groups, table.blocks, strict=True):
+        size = group.spec.block_size
+        column, offset = positions // size, positions % size
+        block = blocks.view(-1).index_select(0, flat_places(blocks, rows, column))
+        torch.add(offset, block, alpha=size, out=group.slots)
+        used = blocks[:, : -(-reach // size)].index_select(0, rows)
+        group.metadata = group.impl.plan_recorded(group.spec, used, seq_lens)

@@ -33,14 +33,18 @@ COLDEST = 1e-30
 """Lowest temperature of a beam search: fp32 logits divided by it are still finite."""
 
 
-class StagedHead(Protocol):
+class Yield(Protocol):
+    """What a step yields."""
+
+    def collect(self, output: StepOutput) -> None:
+        """On the host, after the launch's event."""
+
+
+class StagedHead(Yield, Protocol):
     """One step's share of a head."""
 
     def run(self, logits_of: LogitsOf) -> None:
         """Inside the launch, after the forward."""
-
-    def collect(self, output: StepOutput) -> None:
-        """On the host, after the launch's event."""
 
 
 class OutputHead(ABC):
@@ -66,15 +70,20 @@ class TokenHead(OutputHead):
     def __init__(self, device: Device, tokens: Tensor, sampler: Sampler) -> None:
         self._device = device
         self._tokens = tokens
-        self._sampler = sampler
+        self.sampler = sampler
         self._draws = np.zeros(len(tokens), dtype=bool)
 
     def add(self, new: NewRow) -> list[Work]:
         self._draws[new.row] = new.sampling.beam_width == 0
-        return self._sampler.add(new) if self._draws[new.row] else []
+        return self.sampler.add(new) if self._draws[new.row] else []
 
     def remove(self, row: int) -> None:
-        self._sampler.remove(row)
+        self.sampler.remove(row)
+
+    def only_tokens(self, step: StepRows) -> bool:
+        """Does every row have one token and yield one, and is nothing asked but to choose it?"""
+        decoding = (step.counts == 1) & step.emits & self._draws[step.rows]
+        return bool(decoding.all()) and self.sampler.only_chooses(step.rows, step.positions)
 
     def stage(self, step: StepRows) -> StagedHead | None:
         indices = (step.emits & self._draws[step.rows]).nonzero()[0]
@@ -87,7 +96,7 @@ class TokenHead(OutputHead):
             self._tokens.view(-1),
             indices.tolist(),
             self._device.to_device(torch.from_numpy(places)),
-            self._sampler.stage(rows, positions),
+            self.sampler.stage(rows, positions),
         )
 
 

@@ -7,6 +7,7 @@ appended) as flat scatters; sampled tokens are written where they were sampled, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ SLACK = 2
 """Columns beyond the longest sequence: a step planned before the end was known may write there."""
 
 
-def flat_places(table: Tensor, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+Places = TypeVar("Places", np.ndarray, Tensor)
+
+
+def flat_places(table: Tensor, rows: Places, columns: Places) -> Places:
     """int64 `[n]`: where entries of `table`, `[rows, columns]`, are in `table.view(-1)`."""
     return rows * table.shape[1] + columns
 

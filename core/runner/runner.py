@@ -8,6 +8,7 @@ or captured before `submit` returns, so the host may plan the next step meanwhil
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,8 @@ from ..plan import BlockCopy, BlockRef, StepOutput, StepPlan
 from ..sampler.sampler import Sampler
 from ..sizing import check_alignment
 from .batch import StagedBatch, StepRows
-from .heads import BeamHead, OutputHead, PromptLogprobsHead, StagedHead, TokenHead
+from .heads import BeamHead, OutputHead, PromptLogprobsHead, StagedHead, TokenHead, Yield
+from .recorded import RecordedSteps, Scope
 from .rows import RowTable, Work
 
 logger = logging.getLogger("trimaran.runner")
@@ -74,14 +76,16 @@ class Runner:
         self._buffers = buffers
         self._buckets = scheduler.token_buckets
         self.compiled: StepOf = op_by_op
+        self._recorded: RecordedSteps | None = None
         self._rows = RowTable(device, num_rows, scheduler.max_model_len, sizes)
         self._regions = self._alloc_kv(cache, binder.platform)
         self._gather, argmax, draw = bind_ends(binder, decoder.spec, model.dtype)
         tokens, mode = self._rows.tokens, model.logprobs_mode
         sampler = Sampler(device, tokens, vocab, logprobs_mode=mode, argmax=argmax, draw=draw)
+        self._tokens = TokenHead(device, tokens, sampler)
         self._heads: tuple[OutputHead, ...] = (
             PromptLogprobsHead(device, tokens, vocab),
-            TokenHead(device, tokens, sampler),
+            self._tokens,
             BeamHead(device, num_rows, vocab),
         )
 
@@ -103,26 +107,31 @@ class Runner:
     def submit(self, plan: StepPlan) -> RunnerStep:
         """Put a step on the device's queue. Plans are run in the order they are submitted."""
         works = self._stage_changes(plan)
-        batch: StagedBatch | None = None
-        heads: list[StagedHead] = []
+        yields: Sequence[Yield] = ()
         if plan.rows:
-            step_rows = StepRows.of(plan)
-            batch = self._stage_batch(step_rows)
-            staged = [head.stage(step_rows) for head in self._heads]
-            heads = [head for head in staged if head is not None]
-        step = RunnerStep(plan.step_id, len(plan.rows), heads)
+            compute, yields = self._stage_step(StepRows.of(plan))
+            works.append(compute)
+        step = RunnerStep(plan.step_id, len(plan.rows), yields)
 
         def work() -> None:
             try:
                 for part in works:
                     part()
-                if batch is not None:
-                    self._forward(batch, heads)
             except Exception as error:  # the step's requests end with it; the engine lives on
                 step.fail(error)
 
         step.event = self._device.launch(work)
         return step
+
+    def record(self, scope: Scope) -> None:
+        """From now on steps in which all decode are replayed, see `RecordedSteps`."""
+
+        def logits() -> Tensor:
+            return self._decoder.logits(self._hidden())
+
+        self._recorded = RecordedSteps(
+            self._device, self._rows, self._buffers, self._tokens, logits, scope
+        )
 
     def run_scratch(self, num_tokens: int, work: Work) -> None:
         """Run `work` on the device with a step of `num_tokens` in the buffers, all of them
@@ -135,6 +144,16 @@ class Runner:
             work()
 
         self._device.launch(launched).wait()
+
+    def _stage_step(self, step: StepRows) -> tuple[Work, Sequence[Yield]]:
+        """The work of the step's rows, and what it yields."""
+        recorded = self._recorded.stage(step) if self._recorded is not None else None
+        if recorded is not None:
+            return recorded.run, [recorded]
+        batch = self._stage_batch(step)
+        staged = [head.stage(step) for head in self._heads]
+        heads = [head for head in staged if head is not None]
+        return functools.partial(self._forward, batch, heads), heads
 
     def _stage_batch(self, step: StepRows) -> StagedBatch:
         """Padded to the platform's next token bucket."""
@@ -189,12 +208,7 @@ class Runner:
 
     def _forward(self, batch: StagedBatch, heads: Sequence[StagedHead]) -> None:
         batch.load(self._rows, self._buffers)
-        num_tokens = self._buffers.num_tokens
-        compiled = self.compiled(num_tokens)
-        if compiled is None:
-            hidden = self._decoder.forward()
-        else:
-            hidden = compiled([group.metadata for group in self._buffers.groups], num_tokens)
+        hidden = self._hidden()
 
         def logits_of(indices: Tensor) -> Tensor:
             whole = len(indices) == len(hidden)  # they rise strictly: then they are all rows
@@ -203,15 +217,23 @@ class Runner:
         for head in heads:
             head.run(logits_of)
 
+    def _hidden(self) -> Tensor:
+        """The forward of the step in the buffers."""
+        num_tokens = self._buffers.num_tokens
+        compiled = self.compiled(num_tokens)
+        if compiled is None:
+            return self._decoder.forward()
+        return compiled([group.metadata for group in self._buffers.groups], num_tokens)
+
 
 class RunnerStep:
     """A submitted step; `result` may be read once."""
 
-    def __init__(self, step_id: int, num_rows: int, heads: Sequence[StagedHead]) -> None:
+    def __init__(self, step_id: int, num_rows: int, yields: Sequence[Yield]) -> None:
         self.event: Event | None = None
         self._step_id = step_id
         self._num_rows = num_rows
-        self._heads = heads
+        self._yields = yields
         self._error: str | None = None
         self._lost = False
 
@@ -238,6 +260,6 @@ class RunnerStep:
         if self._error is not None:
             output.error = self._error
             return output
-        for head in self._heads:
-            head.collect(output)
+        for one in self._yields:
+            one.collect(output)
         return output

@@ -104,6 +104,37 @@ class Sampler:
         for feature in self._features:
             feature.remove(row)
 
+    def draws(self, rows: np.ndarray) -> bool:
+        """Does any of `rows` draw at random?"""
+        return bool((self._floats[0, rows] >= GREEDY_BELOW).any())
+
+    def only_chooses(self, rows: np.ndarray, positions: np.ndarray) -> bool:
+        """Do `rows` want nothing but a token for `positions`: no feature, no log-probabilities?"""
+        if self._logprobs and any(row in self._logprobs for row in rows.tolist()):
+            return False
+        batch = SampleRows(rows, positions, self._num_prompts[rows])
+        return all(feature.stage(batch) is None for feature in self._features)
+
+    def settings(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """fp32 `[3, n]`: temperature, top_p, min_p; int64 `[4, n]`: top_k, the low and high half of
+        the seed, child index."""
+        return self._floats[:, rows], self._ints[:, rows]
+
+    def choose(
+        self, logits: Tensor, drawn: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`logits` fp32 `[n, vocab]` -> token ids int64 `[n]`, 0 where failed, and failed bool
+        `[n]`. `drawn`: the op `draw`'s floats and ints of all rows, greedy ones among them (None:
+        all are greedy). What is launched depends on shapes alone."""
+        best = self._argmax(logits)
+        failed = _best_is_not_finite(logits, best)
+        if drawn is not None:
+            floats, ints = drawn
+            greedy = floats[0] < GREEDY_BELOW
+            warm = torch.cat((floats[:1].masked_fill(greedy, 1.0), floats[1:]))
+            best = torch.where(greedy, best, self._draw(logits, warm, ints, SHORT)[0])
+        return best.masked_fill_(failed, 0), failed
+
     def stage(self, rows: np.ndarray, positions: np.ndarray) -> StagedSampling:
         """Prepare a step that draws one token for each of `rows`, to stand at `positions` (int64
         `[n]` both)."""
