@@ -113,9 +113,7 @@ class TritonAttention(AttentionImpl):
         seqs, width = block_tables.shape
         starts = torch.arange(seqs + 1, dtype=torch.int32, device=block_tables.device)
         longest = width * spec.block_size
-        return self._planned(
-            spec, attention.Sequences(block_tables, starts, seq_lens, 1, longest)
-        )
+        return self._planned(spec, attention.Sequences(block_tables, starts, seq_lens, 1, longest))
 
     def _planned(self, spec: AttentionSpec, sequences: attention.Sequences) -> Metadata:
         slopes = None

@@ -278,6 +278,9 @@ class TracedAttention(AttentionImpl):
     def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Any:
         return self._impl.plan(spec, batch)
 
+    def plan_recorded(self, spec: AttentionSpec, block_tables: Tensor, seq_lens: Tensor) -> Any:
+        return self._impl.plan_recorded(spec, block_tables, seq_lens)
+
     def export_blocks(self, kv: LayerKV, spec: AttentionSpec, blocks: Tensor) -> Tensor:
         return self._impl.export_blocks(kv, spec, blocks)
 

@@ -13,6 +13,7 @@ and replayed from then on.
 from __future__ import annotations
 
 import bisect
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from ..ops import OpBinder
 from ..plan import StepOutput
 from .batch import StepRows, load_decoding
 from .heads import TokenHead
-from .rows import RowTable, flat_places
+from .rows import RowTable, Work, flat_places
 
 logger = logging.getLogger("trimaran.runner")
 
@@ -115,43 +116,37 @@ class Recording:
     """A step of one shape. `staged` int64 `[fields, size]` is what it reads, `found` int64 `[size]`
     what it yields: each row's token, -1 where it failed."""
 
-    def __init__(
-        self, device: Device, shape: Shape, work: Callable[[Shape, Tensor, Tensor], None]
-    ) -> None:
+    def __init__(self, device: Device, shape: Shape) -> None:
+        self.shape = shape
         self.staged = device.alloc((shape.fields, shape.size), torch.int64, tag="step")
         self.found = device.alloc((shape.size,), torch.int64, tag="step")
         self._device = device
-        self._shape = shape
-        self._work = work
         self._has_run = False
         self._refused = False
         self._graph: Graph | None = None
 
-    def run(self) -> None:
-        """Inside a launch, `staged` being filled."""
+    def run(self, work: Work) -> None:
+        """Inside a launch, `staged` being filled: do `work`, which makes `found` of it."""
         if self._has_run and not self._refused and self._graph is None:
-            self._record()
+            self._record(work)
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._run_plainly()
+            work()
             self._has_run = True
 
-    def _run_plainly(self) -> None:
-        self._work(self._shape, self.staged, self.found)
-
-    def _record(self) -> None:
+    def _record(self, work: Work) -> None:
         """Recording computes nothing. What cannot be recorded runs as it is from now on."""
         reason = "the device recorded nothing"
         try:
-            self._graph = self._device.capture(self._run_plainly)
+            self._graph = self._device.capture(work)
         except DeviceLost:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if self._graph is None:
             self._refused = True
-            logger.warning("steps of %d rows are not recorded: %s", self._shape.size, reason)
+            logger.warning("steps of %d rows are not recorded: %s", self.shape.size, reason)
 
 
 class RecordedSteps:
@@ -190,9 +185,10 @@ class RecordedSteps:
         shape = Shape(size, self._reach, drawing)
         recording = self._recordings.get(shape)
         if recording is None:
-            recording = self._recordings[shape] = Recording(self._device, shape, self._work)
+            recording = self._recordings[shape] = Recording(self._device, shape)
         packed = self._device.to_device(torch.from_numpy(self._pack(step, shape)))
-        return RecordedStep(self._device, recording, packed, count)
+        work = functools.partial(self._compute, recording)
+        return RecordedStep(self._device, recording, packed, work, count)
 
     def _reach_to(self, longest: int) -> None:
         if longest > self._reach:
@@ -213,8 +209,9 @@ class RecordedSteps:
             packed[6:].view(np.float32).reshape(4, -1)[:3, :count] = floats
         return packed
 
-    def _work(self, shape: Shape, staged: Tensor, found: Tensor) -> None:
+    def _compute(self, recording: Recording) -> None:
         """The whole step, as it is recorded."""
+        shape, staged = recording.shape, recording.staged
         rows, positions = staged[0], staged[1]
         load_decoding(self._table, self._buffers, rows, positions, shape.reach)
         drawn = None
@@ -225,23 +222,26 @@ class RecordedSteps:
         places = flat_places(self._table.tokens, rows, positions + 1)
         written = token_ids.masked_fill(rows == self._table.scratch, 0)  # that row stays zero
         self._table.tokens.view(-1).index_copy_(0, places, written.int())
-        found.copy_(token_ids.masked_fill_(failed, -1))
+        recording.found.copy_(token_ids.masked_fill_(failed, -1))
 
 
 class RecordedStep:
     """One step out of a recording. `packed`: what `recording.staged` is to hold, on the device."""
 
-    def __init__(self, device: Device, recording: Recording, packed: Tensor, count: int) -> None:
+    def __init__(
+        self, device: Device, recording: Recording, packed: Tensor, work: Work, count: int
+    ) -> None:
         self._device = device
         self._recording = recording
         self._packed = packed
+        self._work = work
         self._count = count
         self._found: Tensor | None = None
 
     def run(self) -> None:
         """Inside the launch, after the rows' changes."""
         self._recording.staged.copy_(self._packed)
-        self._recording.run()
+        self._recording.run(self._work)
         self._found = self._device.to_host(self._recording.found)
 
     def collect(self, output: StepOutput) -> None:

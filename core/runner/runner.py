@@ -42,6 +42,19 @@ def op_by_op(num_tokens: int) -> StepFn | None:
     return None
 
 
+def forward(decoder: Decoder, buffers: StepBuffers, compiled: StepOf) -> Tensor:
+    """The hidden states of the step in the buffers, `[tokens, hidden]`."""
+    step = compiled(buffers.num_tokens)
+    if step is None:
+        return decoder.forward()
+    return step([group.metadata for group in buffers.groups], buffers.num_tokens)
+
+
+def compute_logits(decoder: Decoder, buffers: StepBuffers, compiled: StepOf) -> Tensor:
+    """fp32 `[tokens, vocab]`, of every token."""
+    return decoder.logits(forward(decoder, buffers, compiled))
+
+
 def bind_ends(
     binder: OpBinder, spec: DecoderSpec, dtype: torch.dtype
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
@@ -124,11 +137,9 @@ class Runner:
         return step
 
     def record(self, scope: Scope) -> None:
-        """From now on steps in which all decode are replayed, see `RecordedSteps`."""
-
-        def logits() -> Tensor:
-            return self._decoder.logits(self._hidden())
-
+        """From now on steps in which all decode are replayed, see `RecordedSteps`; as they are
+        compiled now."""
+        logits = functools.partial(compute_logits, self._decoder, self._buffers, self.compiled)
         self._recorded = RecordedSteps(
             self._device, self._rows, self._buffers, self._tokens, logits, scope
         )
@@ -208,7 +219,7 @@ class Runner:
 
     def _forward(self, batch: StagedBatch, heads: Sequence[StagedHead]) -> None:
         batch.load(self._rows, self._buffers)
-        hidden = self._hidden()
+        hidden = forward(self._decoder, self._buffers, self.compiled)
 
         def logits_of(indices: Tensor) -> Tensor:
             whole = len(indices) == len(hidden)  # they rise strictly: then they are all rows
@@ -216,14 +227,6 @@ class Runner:
 
         for head in heads:
             head.run(logits_of)
-
-    def _hidden(self) -> Tensor:
-        """The forward of the step in the buffers."""
-        num_tokens = self._buffers.num_tokens
-        compiled = self.compiled(num_tokens)
-        if compiled is None:
-            return self._decoder.forward()
-        return compiled([group.metadata for group in self._buffers.groups], num_tokens)
 
 
 class RunnerStep:

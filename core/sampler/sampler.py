@@ -120,9 +120,7 @@ class Sampler:
         the seed, child index."""
         return self._floats[:, rows], self._ints[:, rows]
 
-    def choose(
-        self, logits: Tensor, drawn: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def choose(self, logits: Tensor, drawn: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """`logits` fp32 `[n, vocab]` -> token ids int64 `[n]`, 0 where failed, and failed bool
         `[n]`. `drawn`: the op `draw`'s floats and ints of all rows, greedy ones among them (None:
         all are greedy). What is launched depends on shapes alone."""

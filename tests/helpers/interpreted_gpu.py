@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from helpers import interpreter
+from helpers.simulated_capture import RecordingDevice, launch
+from triton.runtime.interpreter import InterpretedFunction
 
 from trimaran.platforms.cuda import CudaPlatform
 from trimaran.platforms.gpu_cards import Survey
@@ -15,7 +19,6 @@ from trimaran.platforms.interface import (
     AttentionSpec,
     Capabilities,
     Device,
-    Graph,
     KVConstraints,
     OpImpl,
     StepFn,
@@ -24,12 +27,21 @@ from trimaran.platforms.interface import (
     WeightPacker,
 )
 from trimaran.platforms.strict import StrictPlatform
-from trimaran.platforms.strict_device import StrictDevice
+
+
+@functools.cache
+def keep_launches() -> None:
+    """For this process: while a device records, it keeps launches of interpreted kernels."""
+    run = InterpretedFunction.run
+
+    def run_or_keep(self: Any, *args: Any, **options: Any) -> None:
+        launch(run, self, *args, **options)
+
+    InterpretedFunction.run = run_or_keep
+
 
 interpreter.mend()
-
-REPLAYS: list[int] = []
-"""An entry for each replay of a recording."""
+keep_launches()
 
 
 class NoCard(CudaPlatform):
@@ -40,31 +52,11 @@ class NoCard(CudaPlatform):
         return Survey(())
 
 
-class Again(Graph):
-    """A recording that runs the work again: it reads and writes what that reads and writes."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work = work
-
-    def replay(self) -> None:
-        REPLAYS.append(1)
-        self._work()
-
-
-class RecordingDevice(StrictDevice):
-    def capture(self, work: Callable[[], None]) -> Graph | None:
-        return Again(work)
-
-
 class InterpretedGpu(StrictPlatform):
     """Ops, attention, packers and steps of the hull; memory and the queue are those of `strict`, so
     that nothing may be read before it is there."""
 
     hull = NoCard()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._opened: dict[object, Device] = {}
 
     def capabilities(self, device: int = 0) -> Capabilities:
         known = super().capabilities(device)
@@ -73,9 +65,7 @@ class InterpretedGpu(StrictPlatform):
         )
 
     def open(self, device: int = 0, num_threads: int | None = None) -> Device:
-        opened = RecordingDevice(device, 0.0)
-        self._opened[opened.torch_device] = opened
-        return opened
+        return RecordingDevice(device, 0.0)
 
     def ops(self) -> Mapping[str, Sequence[OpImpl]]:
         return self.hull.ops()
@@ -90,4 +80,4 @@ class InterpretedGpu(StrictPlatform):
         return self.hull.kv_constraints(spec)
 
     def build_step(self, graph: StepGraph, limits: StepLimits) -> StepFn | None:
-        return build_portable_step(graph, self._opened)
+        return build_portable_step(graph)

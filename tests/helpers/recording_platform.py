@@ -1,5 +1,5 @@
-"""`strict` on a device that records (`simulated_capture`): torch's ops, and what reads values on the
-host as kernels of its own."""
+"""`strict` on a device that records (`simulated_capture`): torch's ops, and what reads values on
+the host as kernels of its own."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from trimaran.platforms.strict import StrictKnobs, StrictPlatform
 
 
 class OnDevice(NamedTuple):
-    """A step's sequences of one query each: `tables` int32 `[seqs, width]`, `lens` int32 `[seqs]`."""
+    """Sequences of one query each: `tables` int32 `[seqs, width]`, `lens` int32 `[seqs]`."""
 
     tables: Tensor
     lens: Tensor

@@ -11,19 +11,31 @@ from typing import Any
 import pytest
 from helpers.engine_loop import Loop, greedy, open_loop
 from helpers.generate_reference import Case, greedy_cases
-from helpers.interpreted_gpu import REPLAYS
 
+from trimaran.core.runner import recorded
 from trimaran.kernels_cuda.portable import activation, cache, norm
-from trimaran.platforms import gpu_fusion, gpu_step, gpu_weights
+from trimaran.platforms import gpu_fusion, gpu_weights
 
 NUM_TOKENS = 10
 GPU = "helpers.interpreted_gpu:InterpretedGpu"
+
+DRAWS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.0},
+    {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+    {"temperature": 1.1, "min_p": 0.05},
+)
 
 pytestmark = pytest.mark.slow
 
 
 def few_cases(model: str) -> tuple[Case, ...]:
     return greedy_cases(model, 64, 24)[::16]
+
+
+def replays(loop: Loop) -> int:
+    count: int = loop.executor.device.replays  # type: ignore[attr-defined]
+    return count
 
 
 def check(loop: Loop, cases: tuple[Case, ...], **options: random.Random) -> None:
@@ -47,15 +59,15 @@ def counted(calls: Counter[str], launch: Callable[..., Any]) -> Callable[..., An
 def test_mixed_batches(model: str, caplog: pytest.LogCaptureFixture) -> None:
     """Prompts in chunks beside requests that decode, in an order of their own; steps in which all
     decode are recorded, and replayed for any lengths."""
-    REPLAYS.clear()
     with (
-        caplog.at_level("INFO", "trimaran.ops"),
+        caplog.at_level("INFO", "trimaran"),
         open_loop(model, platform=GPU, max_num_batched_tokens=24, max_num_seqs=8) as loop,
     ):
         check(loop, few_cases(model), arrivals=random.Random(1))
+        assert replays(loop) >= NUM_TOKENS // 2
     for op in ("attention", "rms_norm", "rope", "moe" if "moe" in model else "silu_mul"):
         assert f"{op}: triton" in caplog.text
-    assert len(REPLAYS) >= NUM_TOKENS // 2
+    assert "not recorded" not in caplog.text
 
 
 def test_a_prefix_from_the_cache() -> None:
@@ -69,15 +81,15 @@ def test_one_launch_for_norms_rotation_and_cache(monkeypatch: pytest.MonkeyPatch
     launches: Counter[str] = Counter()
     for name in ("write", "rope", "rope_write"):
         monkeypatch.setattr(cache, name, counted(launches, getattr(cache, name)))
-    monkeypatch.setattr(gpu_step, "FIRST_WIDTH", 1)
-    REPLAYS.clear()
+    monkeypatch.setattr(recorded, "FIRST_REACH", 32)
     case = next(c for c in greedy_cases("qwen3", 64, 24) if len(c.prompt) == 31)
     with open_loop("qwen3", platform=GPU, enable_prefix_caching=False) as loop:
         check(loop, (case,))
-    layers, steps = 3, NUM_TOKENS
-    assert launches["rope_write"] >= layers * steps
-    assert launches["write"] < layers  # the two traces compute one layer's
-    assert len(REPLAYS) >= NUM_TOKENS - 5  # one that runs, one that is recorded, for each width
+        # One step is the prompt's, and one runs for each width; the second one is recorded.
+        assert replays(loop) == NUM_TOKENS - 3
+    layers, traces, run, captures = 3, 2, 3, 1
+    assert launches["rope_write"] == layers * (run + captures)
+    assert launches["write"] <= traces  # which compute one layer's
 
 
 def test_recordings_have_no_more_tokens_than_a_step_has_room_for() -> None:
@@ -86,6 +98,25 @@ def test_recordings_have_no_more_tokens_than_a_step_has_room_for() -> None:
     with open_loop("qwen3", platform=GPU, max_num_seqs=5, max_num_batched_tokens=5) as loop:
         check(loop, tuple(cases))
         assert loop.largest_batch == 5
+        assert replays(loop) > 0
+
+
+def test_rows_draw_in_recordings() -> None:
+    """The tokens that steps draw which run, beside greedy rows, by the same kernels."""
+    cases = greedy_cases("qwen3", 64, 24)[::16]
+    requests = [
+        greedy(str(i), case.prompt, NUM_TOKENS, seed=i + 2**40, **params)
+        for i, (case, params) in enumerate(zip(cases, DRAWS, strict=True))
+    ]
+    found = []
+    for recording in (True, False):
+        with open_loop("qwen3", platform=GPU, max_num_seqs=4) as loop:
+            if not recording:
+                loop.executor._rank.runner._recorded = None  # type: ignore[attr-defined]
+            found.append(loop.run(requests))
+            assert replays(loop) >= (NUM_TOKENS - 4 if recording else 0)
+    for key, row in found[1].items():
+        assert found[0][key].tokens == row.tokens
 
 
 def test_norms_and_activations_round_for_int8_layers(monkeypatch: pytest.MonkeyPatch) -> None:
