@@ -29,7 +29,7 @@ from ..ops import OpBinder
 from ..plan import StepOutput
 from .batch import StepRows, load_decoding
 from .heads import TokenHead
-from .rows import RowTable, Work, flat_places
+from .rows import RowChanges, RowTable, Work, flat_places
 
 logger = logging.getLogger("trimaran.runner")
 
@@ -39,10 +39,26 @@ their time."""
 FIRST_REACH = 2048
 """Tokens a sequence may have at first, in a recording; doubled where one has more."""
 
-GREEDY_FIELDS = 2
-DRAWING_FIELDS = 8
-"""int64 a row that are copied to the device: row and position; for rows that draw also top_k, the
-seed's halves and the child index, and in the last two temperature, top_p and min_p in fp32."""
+
+class Fields(NamedTuple):
+    """What is copied to the device, views of int64 `[fields, size]`: each row, and where its token
+    stands; for each group entries of its block table, places and values, `[groups, 2, size]`; and
+    how rows draw, as the sampler's `settings` have it."""
+
+    rows: Any
+    positions: Any
+    blocks: Any
+    ints: Any
+    floats: Any
+
+    @classmethod
+    def of(cls, packed: Any, groups: int, float32: Any) -> Fields:
+        """Of a tensor or an array; `float32`: its type of that name. Recordings of greedy rows
+        have no settings."""
+        size, end = packed.shape[1], 2 + 2 * groups
+        floats = packed[end + 4 :].view(float32).reshape(-1, size)[:3]
+        blocks = packed[2:end].reshape(groups, 2, size)
+        return cls(packed[0], packed[1], blocks, packed[end : end + 4], floats)
 
 
 class Scope(NamedTuple):
@@ -107,18 +123,17 @@ class Shape(NamedTuple):
     reach: int
     drawing: bool
 
-    @property
-    def fields(self) -> int:
-        return DRAWING_FIELDS if self.drawing else GREEDY_FIELDS
+    def fields(self, groups: int) -> int:
+        return 2 + 2 * groups + (6 if self.drawing else 0)  # three of fp32 take two
 
 
 class Recording:
     """A step of one shape. `staged` int64 `[fields, size]` is what it reads, `found` int64 `[size]`
     what it yields: each row's token, -1 where it failed."""
 
-    def __init__(self, device: Device, shape: Shape) -> None:
+    def __init__(self, device: Device, shape: Shape, groups: int) -> None:
         self.shape = shape
-        self.staged = device.alloc((shape.fields, shape.size), torch.int64, tag="step")
+        self.staged = device.alloc((shape.fields(groups), shape.size), torch.int64, tag="step")
         self.found = device.alloc((shape.size,), torch.int64, tag="step")
         self._device = device
         self._has_run = False
@@ -171,24 +186,32 @@ class RecordedSteps:
         self._reach = FIRST_REACH
         self._recordings: dict[Shape, Recording] = {}
 
-    def stage(self, step: StepRows) -> RecordedStep | None:
-        """The step out of a recording; None: it takes the plain way."""
-        count = len(step.rows)
-        if count > self._sizes[-1] or not self._head.only_tokens(step):
+    def stage(self, step: StepRows, changes: RowChanges) -> RecordedStep | None:
+        """The step out of a recording, `changes` with it; None: it takes the plain way."""
+        shape = self._shape_of(step, changes)
+        if shape is None:
             return None
-        longest = int(step.positions.max())
-        drawing = self._head.sampler.draws(step.rows)
-        if longest >= self._table.tokens.shape[1] or (drawing and not self._draws):
-            return None
-        self._reach_to(longest)
-        size = self._sizes[bisect.bisect_left(self._sizes, count)]
-        shape = Shape(size, self._reach, drawing)
         recording = self._recordings.get(shape)
         if recording is None:
-            recording = self._recordings[shape] = Recording(self._device, shape)
-        packed = self._device.to_device(torch.from_numpy(self._pack(step, shape)))
+            groups = len(self._table.blocks)
+            recording = self._recordings[shape] = Recording(self._device, shape, groups)
+        packed = self._device.to_device(torch.from_numpy(self._pack(step, changes, shape)))
         work = functools.partial(self._compute, recording)
-        return RecordedStep(self._device, recording, packed, work, count)
+        return RecordedStep(self._device, recording, packed, work, len(step.rows))
+
+    def _shape_of(self, step: StepRows, changes: RowChanges) -> Shape | None:
+        """None where no recording can serve the step."""
+        count, longest = len(step.rows), int(step.positions.max())
+        if count > self._sizes[-1] or longest >= self._table.tokens.shape[1]:
+            return None
+        size = self._sizes[bisect.bisect_left(self._sizes, count)]
+        if not (_fit(changes, size) and self._head.only_tokens(step)):
+            return None
+        drawing = self._head.sampler.draws(step.rows)
+        if drawing and not self._draws:
+            return None
+        self._reach_to(longest)
+        return Shape(size, self._reach, drawing)
 
     def _reach_to(self, longest: int) -> None:
         if longest > self._reach:
@@ -196,33 +219,48 @@ class RecordedSteps:
             while self._reach < longest:
                 self._reach *= 2
 
-    def _pack(self, step: StepRows, shape: Shape) -> np.ndarray:
-        """int64 `[fields, size]`; padding is greedy rows of one token in the scratch block."""
-        count = len(step.rows)
-        packed = np.zeros((shape.fields, shape.size), dtype=np.int64)
-        packed[0] = self._table.scratch
-        packed[0, :count] = step.rows
-        packed[1, :count] = step.starts
+    def _pack(self, step: StepRows, changes: RowChanges, shape: Shape) -> np.ndarray:
+        """int64 `[fields, size]`. Padding is greedy rows of one token in the scratch block, and
+        zeros written into the scratch row."""
+        count, groups, scratch = len(step.rows), len(changes.blocks), self._table.scratch
+        packed = np.zeros((shape.fields(groups), shape.size), dtype=np.int64)
+        fields = Fields.of(packed, groups, np.float32)
+        fields.rows[:] = scratch
+        fields.rows[:count] = step.rows
+        fields.positions[:count] = step.starts
+        for part, table, change in zip(
+            fields.blocks, self._table.blocks, changes.blocks, strict=True
+        ):
+            part[0] = scratch * table.shape[1]
+            if change is not None:
+                part[:, : len(change.places)] = change.places, change.values
         if shape.drawing:
             floats, ints = self._head.sampler.settings(step.rows)
-            packed[2:6, :count] = ints
-            packed[6:].view(np.float32).reshape(4, -1)[:3, :count] = floats
+            fields.ints[:, :count] = ints
+            fields.floats[:, :count] = floats
         return packed
 
     def _compute(self, recording: Recording) -> None:
         """The whole step, as it is recorded."""
-        shape, staged = recording.shape, recording.staged
-        rows, positions = staged[0], staged[1]
-        load_decoding(self._table, self._buffers, rows, positions, shape.reach)
-        drawn = None
-        if shape.drawing:
-            floats = staged[6:].view(torch.float32).view(4, -1)[:3]
-            drawn = floats, torch.cat((staged[2:6], (positions + 1).unsqueeze(0)))
+        table, shape = self._table, recording.shape
+        rows, positions, blocks, ints, floats = Fields.of(
+            recording.staged, len(table.blocks), torch.float32
+        )
+        for part, target in zip(blocks, table.blocks, strict=True):
+            target.view(-1).index_copy_(0, part[0], part[1].int())
+        load_decoding(table, self._buffers, rows, positions, shape.reach)
+        drawn = (floats, torch.cat((ints, (positions + 1).unsqueeze(0)))) if shape.drawing else None
         token_ids, failed = self._head.sampler.choose(self._logits(), drawn)
-        places = flat_places(self._table.tokens, rows, positions + 1)
-        written = token_ids.masked_fill(rows == self._table.scratch, 0)  # that row stays zero
-        self._table.tokens.view(-1).index_copy_(0, places, written.int())
+        places = flat_places(table.tokens, rows, positions + 1)
+        written = token_ids.masked_fill(rows == table.scratch, 0)  # that row stays zero
+        table.tokens.view(-1).index_copy_(0, places, written.int())
         recording.found.copy_(token_ids.masked_fill_(failed, -1))
+
+
+def _fit(changes: RowChanges, size: int) -> bool:
+    """Are they few entries of block tables, and nothing else?"""
+    few = all(change is None or len(change.places) <= size for change in changes.blocks)
+    return few and changes.tokens is None
 
 
 class RecordedStep:

@@ -7,7 +7,7 @@ appended) as flat scatters; sampled tokens are written where they were sampled, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,46 @@ Places = TypeVar("Places", np.ndarray, Tensor)
 def flat_places(table: Tensor, rows: Places, columns: Places) -> Places:
     """int64 `[n]`: where entries of `table`, `[rows, columns]`, are in `table.view(-1)`."""
     return rows * table.shape[1] + columns
+
+
+class Scatter(NamedTuple):
+    """Entries of a table to be written: `places` in `table.view(-1)`, int64 `[n]`, distinct, and
+    `values` int32 `[n]`."""
+
+    table: Tensor
+    places: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def of(cls, table: Tensor, parts: Sequence[tuple[int, int, list[int]]]) -> Scatter:
+        """Values along rows; each part is (row, first column, values)."""
+        lengths = np.array([len(values) for _, _, values in parts])
+        rows, columns = np.array([part[:2] for part in parts], dtype=np.int64).T
+        firsts = flat_places(table, rows, columns)
+        before = np.cumsum(lengths) - lengths
+        places = np.repeat(firsts - before, lengths) + np.arange(lengths.sum())
+        values = np.concatenate([np.array(values, dtype=np.int32) for _, _, values in parts])
+        return cls(table, places, values)
+
+    def stage(self, device: Device) -> Work:
+        index = device.to_device(torch.from_numpy(self.places))
+        source = device.to_device(torch.from_numpy(self.values))
+        flat = self.table.view(-1)
+
+        def work() -> None:
+            flat.index_copy_(0, index, source)
+
+        return work
+
+
+class RowChanges(NamedTuple):
+    """What a plan changes in the token table and in each group's block table."""
+
+    tokens: Scatter | None
+    blocks: list[Scatter | None]
+
+    def stage(self, device: Device) -> list[Work]:
+        return [change.stage(device) for change in (self.tokens, *self.blocks) if change]
 
 
 class RowTable:
@@ -61,17 +101,17 @@ class RowTable:
             found += [flat_places(table, rows, block), offset]
         return np.stack(found)
 
-    def stage(self, plan: StepPlan) -> list[Work]:
-        """The device's half of `added` and `blocks`; they belong at the head of the launch."""
-        works = []
+    def stage(self, plan: StepPlan) -> RowChanges:
+        """The device's half of `added` and `blocks`; it belongs at the head of the launch."""
+        tokens = None
         if plan.added:
             parts = [(new.row, 0, new.token_ids) for new in plan.added]
-            works.append(self._scatter(self.tokens, parts))
+            tokens = Scatter.of(self.tokens, parts)
+        blocks = []
         for group, table in enumerate(self.blocks):
             parts = self._block_parts(plan, group)
-            if parts:
-                works.append(self._scatter(table, parts))
-        return works
+            blocks.append(Scatter.of(table, parts) if parts else None)
+        return RowChanges(tokens, blocks)
 
     def _block_parts(self, plan: StepPlan, group: int) -> list[tuple[int, int, list[int]]]:
         """(row, first column, values) of one group's new table entries, in the plan's order."""
@@ -85,20 +125,3 @@ class RowTable:
                 parts.append((append.row, int(ends[append.row]), append.block_ids))
                 ends[append.row] += len(append.block_ids)
         return parts
-
-    def _scatter(self, table: Tensor, parts: Sequence[tuple[int, int, list[int]]]) -> Work:
-        """Write each part's values along its row. The places of one call are distinct."""
-        width = table.shape[1]
-        lengths = np.array([len(values) for _, _, values in parts])
-        firsts = np.array([row * width + column for row, column, _ in parts])
-        before = np.cumsum(lengths) - lengths
-        places = np.repeat(firsts - before, lengths) + np.arange(lengths.sum())
-        values = np.concatenate([np.array(values, dtype=np.int32) for _, _, values in parts])
-        index = self._device.to_device(torch.from_numpy(places))
-        source = self._device.to_device(torch.from_numpy(values))
-        flat = table.view(-1)
-
-        def work() -> None:
-            flat.index_copy_(0, index, source)
-
-        return work

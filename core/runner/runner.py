@@ -119,11 +119,7 @@ class Runner:
 
     def submit(self, plan: StepPlan) -> RunnerStep:
         """Put a step on the device's queue. Plans are run in the order they are submitted."""
-        works = self._stage_changes(plan)
-        yields: Sequence[Yield] = ()
-        if plan.rows:
-            compute, yields = self._stage_step(StepRows.of(plan))
-            works.append(compute)
+        works, yields = self._stage(plan)
         step = RunnerStep(plan.step_id, len(plan.rows), yields)
 
         def work() -> None:
@@ -156,15 +152,22 @@ class Runner:
 
         self._device.launch(launched).wait()
 
-    def _stage_step(self, step: StepRows) -> tuple[Work, Sequence[Yield]]:
-        """The work of the step's rows, and what it yields."""
-        recorded = self._recorded.stage(step) if self._recorded is not None else None
-        if recorded is not None:
-            return recorded.run, [recorded]
+    def _stage(self, plan: StepPlan) -> tuple[list[Work], Sequence[Yield]]:
+        """The device's work of a plan, in order, and what it yields."""
+        changes = self._rows.stage(plan)
+        others = self._stage_others(plan)
+        if not plan.rows:
+            return [*changes.stage(self._device), *others], ()
+        step = StepRows.of(plan)
+        if self._recorded is not None:
+            recorded = self._recorded.stage(step, changes)
+            if recorded is not None:
+                return [*others, recorded.run], (recorded,)
         batch = self._stage_batch(step)
         staged = [head.stage(step) for head in self._heads]
         heads = [head for head in staged if head is not None]
-        return functools.partial(self._forward, batch, heads), heads
+        forward = functools.partial(self._forward, batch, heads)
+        return [*changes.stage(self._device), *others, forward], heads
 
     def _stage_batch(self, step: StepRows) -> StagedBatch:
         """Padded to the platform's next token bucket."""
@@ -174,12 +177,13 @@ class Runner:
         padded = step.padded(num_tokens, self._rows.scratch)
         return StagedBatch.stage(self._device, padded, self._rows)
 
-    def _stage_changes(self, plan: StepPlan) -> list[Work]:
-        """The host's half of the plan's deltas, and the works that are the device's half."""
+    def _stage_others(self, plan: StepPlan) -> list[Work]:
+        """The plan's deltas but those of the row table: the host's half, and the works that are
+        the device's."""
         for row in plan.removed:
             for head in self._heads:
                 head.remove(row)
-        works = self._rows.stage(plan)
+        works: list[Work] = []
         for new in plan.added:
             for head in self._heads:
                 works += head.add(new)

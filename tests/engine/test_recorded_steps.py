@@ -121,9 +121,9 @@ def test_recordings_are_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[recorded.Shape] = []
     init = recorded.Recording.__init__
 
-    def counted(self: Any, device: Any, shape: recorded.Shape) -> None:
+    def counted(self: Any, device: Any, shape: recorded.Shape, groups: int) -> None:
         shapes.append(shape)
-        init(self, device, shape)
+        init(self, device, shape, groups)
 
     monkeypatch.setattr(recorded.Recording, "__init__", counted)
     with open_loop("qwen3", platform=RECORDING, max_num_seqs=7) as loop:
