@@ -19,7 +19,7 @@ logger = logging.getLogger("trimaran.gpu")
 def compile_step(graph: StepGraph) -> StepFn | None:
     """None, with the reason in the log, where no kernel takes over several of its ops."""
     nodes = fused(graph)
-    if None not in nodes:
+    if all(new is old for new, old in zip(nodes, graph.nodes, strict=True)):
         logger.info("steps run op by op: the portable kernels fuse none of their ops")
         return None
 
