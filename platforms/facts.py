@@ -75,7 +75,9 @@ class Capabilities:
     for, 0 where a launch returns when its work is done. `unified_memory`: the device shares the
     host's memory. `compiles_steps`: `Platform.build_step` is to be asked. `step_sizes`: what one
     compiled step serves, the number of tokens of its graph alone, so that there is one for each
-    token bucket, or any number of tokens, so that there is one for all.
+    token bucket, or any number of tokens, so that there is one for all. `graph_replay`:
+    `Device.capture` records, and so the runner replays steps that decode; a compiled step then
+    launches by shapes alone where its metadata is that of `AttentionImpl.plan_recorded`.
     """
 
     dtypes: Mapping[str, Precision]
