@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import tiny_models
 from helpers.engine_loop import Loop, beam, greedy, open_loop
 from helpers.generate_reference import Case, greedy_cases
 from helpers.recording_platform import RecordingPlatform
 
 from trimaran.core import executor as executor_module
 from trimaran.core import resolve as resolve_module
+from trimaran.core.args import EngineArgs
 from trimaran.core.engine.messages import EngineRequest
+from trimaran.core.executor import UniExecutor
+from trimaran.core.plan import NewRow, RowSampling, StepPlan
+from trimaran.core.resolve import resolve
 from trimaran.core.runner import recorded
 from trimaran.core.sampling_params import BeamSearchParams
 from trimaran.core.types import FinishReason
@@ -38,10 +43,10 @@ DRAWS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.1, "top_k": 3},
 )
 EXTRAS: tuple[dict[str, Any], ...] = (
-    {"repetition_penalty": 1.2, "frequency_penalty": 0.3},
+    {"repetition_penalty": 0.05, "frequency_penalty": 0.3},
     {"logprobs": 2},
-    {"logit_bias": {5: 3.0}, "prompt_logprobs": 1},
-    {"min_tokens": 5, "stop_token_ids": [9, 10]},
+    {"logit_bias": {5: 50.0}, "prompt_logprobs": 1},
+    {"allowed_token_ids": [7, 8, 9]},
 )
 
 
@@ -175,18 +180,17 @@ def test_children_draw_noise_of_their_own() -> None:
 
 @pytest.mark.usefixtures("all_recorded")
 def test_rows_that_want_more_join_and_leave() -> None:
-    """Then steps take the plain way, and recordings serve before and after."""
+    """One after the other: steps with it take the plain way, recordings serve before and after."""
     cases = cases_for("qwen3", 16)
+    extras = {4 * i + 3: one for i, one in enumerate(EXTRAS)}
     requests = [
-        greedy(str(i), case.prompt, 8, **EXTRAS[i % 4])
-        if i % 4 == 3
-        else greedy(str(i), case.prompt, NUM_TOKENS)
+        greedy(str(i), case.prompt, 8 if i in extras else NUM_TOKENS, **extras.get(i, {}))
         for i, case in enumerate(cases)
     ]
-    for i, extras in enumerate(EXTRAS):
-        requests.append(greedy(f"more {i}", cases[i].prompt, 6, **extras))
     expected = plain("qwen3", requests)
-    with open_loop("qwen3", platform=RECORDING, max_num_seqs=6) as loop:
+    for i, asked in extras.items():
+        assert (expected[str(i), 0].tokens == cases[i].tokens[:8]) == ("logprobs" in asked)
+    with open_loop("qwen3", platform=RECORDING, max_num_seqs=4) as loop:
         found = loop.run(requests)
         assert replays(loop) > NUM_TOKENS
     same_tokens(found, expected)
@@ -194,6 +198,45 @@ def test_rows_that_want_more_join_and_leave() -> None:
         for name in ("logprobs", "prompt_logprobs"):
             ours, theirs = getattr(found[key], name), getattr(row, name)
             assert [one.token_ids for one in ours] == [one.token_ids for one in theirs]
+
+
+@pytest.mark.usefixtures("all_recorded")
+def test_a_row_may_be_taken_in_a_step_in_which_all_decode() -> None:
+    """Others decode when a prompt comes whose tokens but the last are in the cache."""
+    prompts = [case.prompt[:25] for case in greedy_cases("qwen3", 64, 24) if len(case.prompt) > 25]
+    requests = [greedy(str(i), prompts[i % 3], NUM_TOKENS) for i in range(4)]
+    expected = plain("qwen3", requests)
+    with open_loop("qwen3", platform=RECORDING) as loop:
+        loop.run(requests[:1])
+        for request in requests[1:]:
+            loop.scheduler.add(request)
+            for _ in range(6):
+                loop.step()
+        while loop.busy:
+            loop.step()
+        assert loop.found["3", 0].num_cached == 24
+        assert replays(loop) > NUM_TOKENS
+    for key, row in loop.found.items():
+        assert row.tokens == expected[key].tokens
+
+
+def test_rows_of_a_beam_search_take_the_plain_way() -> None:
+    """By hand: in the engine they change rows with each step."""
+    args = EngineArgs(
+        model=str(tiny_models.model_path("qwen3")),
+        platform=RECORDING,
+        dtype="float32",
+        max_model_len="96",
+        max_num_seqs=4,
+        num_gpu_blocks_override=12,
+    )
+    executor = UniExecutor(resolve(args))
+    new = NewRow(1, list(range(5, 15)), 10, [[3, 4]], RowSampling(beam_width=2, logprobs=4))
+    plans = [StepPlan(0, added=[new], rows=[1], starts=[0], counts=[10], emits=[True])]
+    plans += [StepPlan(i, rows=[1], starts=[9 + i], counts=[1], emits=[True]) for i in range(1, 5)]
+    outputs = [executor.submit(plan).result() for plan in plans]
+    assert all(output.logprobs[0] and output.tokens == [[]] for output in outputs)
+    executor.close()
 
 
 def test_a_beam_search_beside_others() -> None:
@@ -230,8 +273,7 @@ def test_longer_sequences_get_wider_recordings(model: str, monkeypatch: pytest.M
     monkeypatch.setattr(recorded, "FIRST_REACH", 16)
     cases = sorted(greedy_cases(model, 64, NUM_TOKENS), key=lambda case: len(case.prompt))
     with open_loop(model, platform=RECORDING, enable_prefix_caching=False) as loop:
-        check(loop, [cases[0], cases[20], cases[40], cases[-1]])
-        for case in (cases[0], cases[20], cases[-1]):
+        for case in (cases[0], cases[20], cases[40], cases[-1], cases[0]):
             check(loop, [case])
         runner = loop.executor._rank.runner  # type: ignore[attr-defined]
         assert runner._recorded._reach == 128
@@ -375,6 +417,7 @@ def test_drawing_on_the_host_leaves_greedy_steps_recorded(
         check(loop, cases_for("qwen3")[:2])
         assert replays(loop) > 0
     assert "steps that draw at random are not recorded" in caplog.text
+    assert "CaptureError" not in caplog.text
     same_tokens(found, plain("qwen3", requests))
 
 
