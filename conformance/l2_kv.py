@@ -87,6 +87,9 @@ def checks(subject: Subject) -> list[Check]:
             spec = spec_for(subject, shape, dtype, cached, number)
             at = f"programs/{shape}/{str(dtype).removeprefix('torch.')}"
             found.append(_check(subject, OpBinder(platform), at, spec))
+    for cached in (one for one in kept if one.itemsize == 1 and one.is_floating_point):
+        at = f"programs/gqa/{str(cached).removeprefix('torch.')}"
+        found.append(_check(subject, OpBinder(platform), at, spec_for(subject, kv_dtype=cached)))
     return found
 
 
@@ -240,7 +243,8 @@ class Cache:
             case Scrub(blocks):
                 for block in blocks:
                     self._set_block(block, None)
-                return self._launch(lambda: self._scrub(blocks))
+                ids = self._send(torch.tensor(blocks))
+                return self._launch(lambda: self._scrub(ids))
             case Import(blocks, seed):
                 return self._import(blocks, seed)
             case Export(blocks):
@@ -285,10 +289,9 @@ class Cache:
         for offset in range(self._spec.block_size):
             self._model[block, offset] = self._zero if content is None else content[:, offset]
 
-    def _scrub(self, blocks: tuple[int, ...]) -> None:
+    def _scrub(self, ids: Tensor) -> None:
         for region in self._kv.regions:
-            for block in blocks:
-                region.tensor[block] = 0
+            region.tensor.index_fill_(0, ids, 0)  # as the runner does
 
     def _import(self, blocks: tuple[int, ...], seed: int) -> tuple[Event, Callable[[], str]]:
         spec = self._spec

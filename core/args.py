@@ -144,6 +144,11 @@ class EngineArgs:
     max_num_queued_reqs: int = option(4096, "Most requests waiting; more are refused with 429.")
     max_num_queued_tokens: int = option(8_388_608, "Most prompt tokens waiting.")
     tensor_parallel_size: int = option(1, "Processes one model's layers are split over.")
+    low_latency_collectives: bool = option(
+        False,
+        "Sum small messages of ranks by kernels that wait for each other on the device, where the "
+        "platform has them: the end of a rank is then noticed by --step-timeout alone.",
+    )
     step_timeout: float = option(
         600.0,
         "Seconds a step may take; then the engine, or a rank that does not finish it, counts as "

@@ -93,6 +93,7 @@ class ParallelConfig:
 
     tensor_parallel_size: int = 1
     step_timeout: float = EngineArgs.step_timeout
+    low_latency_collectives: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

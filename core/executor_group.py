@@ -95,6 +95,7 @@ class RankGroup:
         self._steps: dict[int, StepHandle] = {}  # the first rank's, until they are settled
         self._sent = self._settled = -1
         self._timeout = config.parallel.step_timeout
+        self._low_latency = config.parallel.low_latency_collectives
         self._members = [RankProcess(config, self.member(rank)) for rank in range(1, size)]
         for member in self._members:
             name = f"trimaran-rank-{member.rank}"
@@ -105,7 +106,8 @@ class RankGroup:
 
     def member(self, rank: int) -> GroupSpec:
         rendezvous = f"file://{self._directory}/group"
-        return GroupSpec(rank, self._size, rendezvous, collective_timeout(self._timeout))
+        timeout = collective_timeout(self._timeout)
+        return GroupSpec(rank, self._size, rendezvous, timeout, self._low_latency)
 
     def joined(self, collectives: Communicator) -> None:
         """The first rank has met the others, through these."""

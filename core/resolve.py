@@ -117,7 +117,9 @@ class _Resolution:
             cache=cache,
             scheduler=self._scheduler(lengths),
             parallel=ParallelConfig(
-                tensor_parallel_size=self._ranks, step_timeout=args.step_timeout
+                tensor_parallel_size=self._ranks,
+                step_timeout=args.step_timeout,
+                low_latency_collectives=args.low_latency_collectives,
             ),
             platform=PlatformChoice(
                 # A class named by `module:Class` need not be installed under its name.

@@ -16,6 +16,7 @@ from .symmetric_memory import (
     NCCL,
     NamedGroup,
     SymmetricSums,
+    alloc_buffer,
     forget_group,
     missing,
     open_sums,
@@ -51,7 +52,8 @@ class NcclCommunicator(Communicator):
     live in one process. A kernel that waits for a missing member spins until `abort`; without it
     torch's watchdog ends this process after the group's timeout, with the collective's name.
 
-    Small sums go over symmetric memory where all ranks have it (`symmetric_memory.py`).
+    With `GroupSpec.low_latency` small sums go over symmetric memory where all ranks have it
+    (`symmetric_memory.py`); `abort` does not end those.
     """
 
     _sums: SymmetricSums | None = None
@@ -65,26 +67,29 @@ class NcclCommunicator(Communicator):
         self._joined: Any = nccl(store, group.rank, group.size, options)
         self._token = torch.zeros(1, device=device.torch_device)
         self.barrier()  # NCCL connects at the first collective
-        self._sums = self._open_sums(store, device, peers)
+        if group.low_latency:
+            self._sums = self._open_sums(store, device, peers)
 
     def _open_sums(self, store: Any, device: Device, peers: bool) -> SymmetricSums | None:
         """None on all ranks if one of them has none; the first says why in the log."""
         reason = missing(torch.version.hip is not None, peers)
         group: NamedGroup | None = None
+        buffer: Tensor | None = None
         sums: SymmetricSums | None = None
         kind: Any = dist.ProcessGroup.BackendType
         where = self._token.device
         try:
             if not reason:
                 group = register_group(store, self._group, kind.NCCL, self.rank, self.size, where)
+                buffer = alloc_buffer(device)
         except Exception as error:  # of an interface that torch calls alpha
             reason = f"{type(error).__name__}: {error}"
         # Agreed before the ranks wait for each other, and after it; each asks as often.
-        if not self._all(group is not None):
+        if not self._all(buffer is not None):
             reason = reason or "another rank has none"
         try:
-            if group is not None and not reason:
-                sums = open_sums(group, self.size, device)
+            if group is not None and buffer is not None and not reason:
+                sums = open_sums(group, self.size, buffer)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         if not self._all(sums is not None):
@@ -133,16 +138,22 @@ class NcclCommunicator(Communicator):
         self.all_reduce(self._token).item()  # waits for the device, not only for the queue
 
     def close(self) -> None:
-        group, self._joined = self._joined, None
+        group = self._leave()
         if group is not None:
-            if self._sums is not None:
-                forget_group(self._sums.group)
             group.shutdown()
 
     def abort(self) -> None:
-        group, self._joined = self._joined, None
+        group = self._leave()
         if group is not None:
             group.abort()  # ends its kernels and its watchdog (PyTorch's pull request 132291)
+
+    def _leave(self) -> Any:
+        """The group, which is no longer this object's; None where it was left before."""
+        group, self._joined = self._joined, None
+        sums, self._sums = self._sums, None
+        if sums is not None:
+            forget_group(sums.group)
+        return group
 
 
 class HostStagedCommunicator(Communicator):

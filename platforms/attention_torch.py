@@ -19,10 +19,10 @@ from .interface import (
     AttentionImpl,
     AttentionSpec,
     Device,
-    KVRegion,
     LayerKV,
     Support,
 )
+from .kv_layout import block_bytes, whole_blocks
 
 
 class TorchPagedAttention(AttentionImpl):
@@ -44,13 +44,10 @@ class TorchPagedAttention(AttentionImpl):
 
     def alloc(self, device: Device, spec: AttentionSpec, num_blocks: int) -> LayerKV:
         shape = (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-        both = tuple(device.alloc_kv(shape, spec.kv_dtype) for _ in range(2))
-        size = self.block_bytes(spec) // 2
-        return LayerKV(both, tuple(KVRegion(tensor, size, size) for tensor in both))
+        return whole_blocks([device.alloc_kv(shape, spec.kv_dtype) for _ in range(2)])
 
     def block_bytes(self, spec: AttentionSpec) -> int:
-        elements = 2 * spec.block_size * spec.num_kv_heads * spec.head_dim
-        return elements * spec.kv_dtype.itemsize
+        return block_bytes(spec)
 
     def plan(self, spec: AttentionSpec, batch: AttentionBatch) -> Plan:
         return make_plan(spec, batch)

@@ -146,7 +146,8 @@ class AttentionBatch:
 
 class KVRegion(NamedTuple):
     """A block is one contiguous piece of `tensor` per region: `tensor[block]`, `stride` bytes
-    from one block to the next, `bytes` long."""
+    from one block to the next, `bytes` long. Of a type that torch fills and copies by index; that
+    is not so of float8, whose region is its bytes."""
 
     tensor: Tensor
     stride: int

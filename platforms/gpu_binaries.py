@@ -28,11 +28,12 @@ class Resources(NamedTuple):
 
     def excess(self, shared_limit: int | None) -> str:
         """What a card should not be given; empty: nothing. `shared_limit`: None is not known."""
+        found = []
         if self.spilled:
-            return f"spills {self.spilled} bytes a thread"
+            found.append(f"spills {self.spilled} bytes a thread")
         if shared_limit is not None and self.shared > shared_limit:
-            return f"takes {self.shared} bytes of shared memory, not {shared_limit} at most"
-        return ""
+            found.append(f"takes {self.shared} bytes of shared memory, not {shared_limit} at most")
+        return ", ".join(found)
 
 
 class NoDevice:

@@ -1,9 +1,10 @@
 """Attention of libraries that a user may have installed beside torch, over their paged layout.
 
-They rank below the portable kernels, for nothing has been measured yet, and are taken where
-`--attention-backend` names one. What is not handed on to them, or not by all their versions, they
-refuse: sliding windows (blocks before one may be the scratch block, whose NaN a mask does not
-hide), softcaps, ALiBi, caches in another dtype than the queries'.
+They rank below the portable kernels, for nothing has been measured yet, and above torch's: they are
+taken where `--attention-backend` names one, or where the portable ones refuse. What is not handed
+on to them, or not by all their versions, they refuse: sliding windows (blocks before one may be the
+scratch block, whose NaN a mask does not hide), softcaps, ALiBi, caches in another dtype than the
+queries'.
 """
 
 from __future__ import annotations

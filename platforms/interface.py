@@ -129,12 +129,14 @@ __all__ = [
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
     """A parallel group as a member sees it; `rendezvous` is a `file://` URL every member reads. A
-    collective in which a member is missing fails after `timeout` seconds."""
+    collective in which a member is missing fails after `timeout` seconds; where `low_latency` is
+    asked for it may also wait on the device without an end, if that makes it faster."""
 
     rank: int = 0
     size: int = 1
     rendezvous: str = ""
     timeout: float = 300.0
+    low_latency: bool = False
 
 
 class Communicator(Contract):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .interface import AttentionSpec, KVRegion, LayerKV
+from .transfers import movable
 
 SCALE_BYTES = torch.float32.itemsize
 """Of a vector in an int8 cache."""
@@ -25,5 +26,6 @@ def block_bytes(spec: AttentionSpec) -> int:
 def whole_blocks(tensors: Sequence[Tensor]) -> LayerKV:
     """A cache of tensors `[blocks, ...]`, each of which has a block's part in one piece."""
     sizes = [tensor[0].numel() * tensor.element_size() for tensor in tensors]
-    regions = [KVRegion(one, size, size) for one, size in zip(tensors, sizes, strict=True)]
+    moved = map(movable, tensors)
+    regions = [KVRegion(one, size, size) for one, size in zip(moved, sizes, strict=True)]
     return LayerKV(tuple(tensors), tuple(regions))

@@ -70,12 +70,12 @@ class SymmetricSums:
         self._second = MULTICAST if multicast else TWO_SHOTS
 
     def way(self, tensor: Tensor) -> str:
-        """How this message is added; the same on all ranks, whose messages are alike."""
+        """How this message is added, by what is the same on all ranks: its size and type."""
         if tensor.dtype not in DTYPES or not tensor.is_contiguous():
             return NCCL
         if not tensor.nbytes or tensor.nbytes % (ALIGNMENT * self._size):
             return NCCL
-        if tensor.data_ptr() % ALIGNMENT == 0 and tensor.nbytes <= LIMITS.one:
+        if tensor.nbytes <= LIMITS.one:
             return ONE_SHOT
         return self._second if tensor.nbytes <= LIMITS.two else NCCL
 
@@ -84,8 +84,11 @@ class SymmetricSums:
         message = self._buffer[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         message.copy_(tensor)
         if way == ONE_SHOT:
-            self._ops.one_shot_all_reduce_out(message, "sum", self.group.name, tensor)
-            return tensor
+            # What begins off is the one rank's matter: all go the same way, or wait for ever.
+            off = tensor.data_ptr() % ALIGNMENT
+            out = torch.empty_like(tensor) if off else tensor
+            self._ops.one_shot_all_reduce_out(message, "sum", self.group.name, out)
+            return tensor.copy_(out) if off else tensor
         shots = {
             TWO_SHOTS: self._ops.two_shot_all_reduce_,
             MULTICAST: self._ops.multimem_all_reduce_,
@@ -94,11 +97,16 @@ class SymmetricSums:
         return tensor.copy_(message)
 
 
-def open_sums(group: NamedGroup, size: int, device: Device) -> SymmetricSums:
-    """A collective of what `register_group` returned. Raises what torch raises where cards
-    or drivers have no such memory."""
+def alloc_buffer(device: Device) -> Tensor:
+    """This rank's. Raises what torch raises where the card or its driver has no such memory."""
     buffer = symmetric.empty(LIMITS.two, dtype=torch.uint8, device=device.torch_device)
     device.account(buffer, buffer.nbytes, tag="collectives")
+    return buffer
+
+
+def open_sums(group: NamedGroup, size: int, buffer: Tensor) -> SymmetricSums:
+    """Of what `register_group` and `alloc_buffer` returned; every rank waits for all others.
+    Raises what torch raises where the cards do not reach the memory."""
     memory: Any = symmetric
     handle = memory.rendezvous(buffer, group.name)
     return SymmetricSums(buffer, group, size, bool(handle.multicast_ptr), torch.ops.symm_mem)

@@ -32,7 +32,7 @@ def _start(bench: Bench) -> Found:
     begin = time.monotonic()
     with (bench.out / "start.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), arguments],
+            [sys.executable, "-P", str(SCRIPT), arguments],
             stdout=subprocess.PIPE,
             stderr=log,
             env=variables,

@@ -10,7 +10,7 @@ import torch
 
 from trimaran.platforms.accelerator_communicator import NcclCommunicator
 from trimaran.platforms.cuda import CudaPlatform
-from trimaran.platforms.interface import GroupSpec
+from trimaran.platforms.interface import Graph, GroupSpec
 from trimaran.platforms.symmetric_memory import LIMITS, NCCL
 
 pytestmark = pytest.mark.device
@@ -19,24 +19,38 @@ pytestmark = pytest.mark.device
 def member(rank: int, path: str) -> None:
     platform = CudaPlatform()
     device = platform.open(rank)
-    comm = platform.communicator(GroupSpec(rank, 2, f"file://{path}", timeout=120.0), device)
+    group = GroupSpec(rank, 2, f"file://{path}", timeout=120.0, low_latency=True)
+    comm = platform.communicator(group, device)
     assert isinstance(comm, NcclCommunicator) and comm._sums is not None
     for dtype in (torch.bfloat16, torch.float32):
         for size in (32, 4096, LIMITS.one, LIMITS.one + 32, LIMITS.two, LIMITS.two + 32):
             tensor = torch.full((size // dtype.itemsize,), rank + 1.0, dtype=dtype)
             there = device.to_device(tensor)
             assert (comm._sums.way(there) == NCCL) == (size > LIMITS.two)
-            for _ in range(3):  # the buffer is used again
+
+            def added(there: torch.Tensor = there) -> None:
                 there.fill_(rank + 1.0)
                 comm.all_reduce(there)
-            assert there.eq(3.0).all()
+
+            for _ in range(3):  # the buffer is used again
+                device.launch(added).wait()
+            assert device.to_host(there).eq(3.0).all()
     there = device.alloc((2048,), torch.bfloat16, tag="test")
-    graph = device.capture(lambda: there.copy_(comm.all_reduce(there.clone())))
-    for _ in range(3):
+    graphs: list[Graph | None] = []
+
+    def work() -> None:
+        there.copy_(comm.all_reduce(there.clone()))
+
+    def replayed() -> None:
         there.fill_(rank + 1.0)
-        assert graph is not None
-        graph.replay()
-        assert there.eq(3.0).all()
+        assert graphs[0] is not None
+        graphs[0].replay()
+
+    device.launch(work).wait()
+    device.launch(lambda: graphs.append(device.capture(work))).wait()
+    for _ in range(3):
+        device.launch(replayed).wait()
+        assert device.to_host(there).eq(3.0).all()
     comm.close()
     device.close()
 

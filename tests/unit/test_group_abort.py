@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimaran.core import executor_group
-from trimaran.core.config import EngineConfig
+from trimaran.core.config import EngineConfig, ParallelConfig
 from trimaran.core.errors import EngineDeadError
 from trimaran.core.executor_group import RankGroup
 from trimaran.core.plan import StepOutput
@@ -76,7 +77,7 @@ class Member:
 @pytest.fixture
 def group(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(executor_group, "RankProcess", Member)
-    config = type("Config", (), {"parallel": type("Parallel", (), {"step_timeout": 60.0})})
+    config = SimpleNamespace(parallel=ParallelConfig(tensor_parallel_size=2, step_timeout=60.0))
     group = RankGroup(config, 2)  # type: ignore[arg-type]
     yield group
     group.close()

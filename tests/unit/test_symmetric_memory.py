@@ -98,9 +98,7 @@ def test_what_the_kernels_do_not_add_goes_by_nccl() -> None:
         assert ours.way(of_bytes(64, dtype)) == NCCL
     assert ours.way(torch.zeros(8, 16).t()) == NCCL
     assert ours.way(of_bytes(96)[8:40]) == ONE_SHOT
-    assert ours.way(of_bytes(96)[1:33]) == TWO_SHOTS, (
-        "it is written by 16 bytes, which it begins off"
-    )
+    assert ours.way(of_bytes(96)[1:33]) == ONE_SHOT, "where a rank's begins is its own matter"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -113,6 +111,13 @@ def test_a_sum_is_in_place(rows: int, dtype: torch.dtype) -> None:
         assert way != NCCL
         assert ours.add(tensor, way) is tensor and torch.equal(tensor, expected)
         assert kernels.called == [way]
+
+
+def test_a_message_that_begins_off_is_added_in_place() -> None:
+    ours, kernels = sums(theirs=2.0)
+    tensor = of_bytes(96)[1:33]
+    assert ours.add(tensor, ONE_SHOT) is tensor and tensor.eq(2.0).all()
+    assert kernels.called == [ONE_SHOT]
 
 
 def test_where_there_is_none_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +168,8 @@ class Backend:
     def shutdown(self) -> None:
         return None
 
+    abort = shutdown
+
 
 def member(backend: Backend) -> NcclCommunicator:
     made = NcclCommunicator.__new__(NcclCommunicator)
@@ -179,12 +186,14 @@ def opened(monkeypatch: pytest.MonkeyPatch, made: NcclCommunicator, found: Any) 
 
     monkeypatch.setattr(accelerator_communicator, "register_group", lambda *given: OURS)
     monkeypatch.setattr(accelerator_communicator, "open_sums", open_sums)
+    monkeypatch.setattr(accelerator_communicator, "alloc_buffer", lambda device: torch.empty(1))
     monkeypatch.setattr(torch.version, "hip", None)
     made._sums = made._open_sums(None, HostDevice(), True)
 
 
+@pytest.mark.parametrize("end", ["close", "abort"])
 def test_small_sums_go_one_way_and_large_ones_the_other(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    end: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forgotten: list[NamedGroup] = []
     monkeypatch.setattr(accelerator_communicator, "forget_group", forgotten.append)
@@ -200,6 +209,7 @@ def test_small_sums_go_one_way_and_large_ones_the_other(
     large = torch.ones(LIMITS.two // 4 + 8)
     assert made.all_reduce(large) is large and math.isclose(large[-1], 2.0)
     assert (kernels.called, backend.calls) == ([ONE_SHOT], asked + 2)
+    getattr(made, end)()
     made.close()
     assert forgotten == [OURS]
     with pytest.raises(RuntimeError, match="closed"):
@@ -236,3 +246,20 @@ def test_cards_without_a_link_are_not_asked(caplog: pytest.LogCaptureFixture) ->
         assert made._open_sums(None, HostDevice(), False) is None
     assert "do not reach each other's memory" in caplog.text
     assert symmetric_memory.missing(False, False) in caplog.text
+
+
+def test_a_rank_without_memory_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others know before they wait for it."""
+
+    def fail(*given: Any) -> Tensor:
+        raise RuntimeError("no fabric handles")
+
+    made = member(Backend(1.0))
+    opened_sums: list[Any] = []
+    monkeypatch.setattr(accelerator_communicator, "register_group", lambda *given: OURS)
+    monkeypatch.setattr(accelerator_communicator, "forget_group", lambda group: None)
+    monkeypatch.setattr(accelerator_communicator, "alloc_buffer", fail)
+    monkeypatch.setattr(accelerator_communicator, "open_sums", lambda *g: opened_sums.append(g))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert made._open_sums(None, HostDevice(), True) is None and not opened_sums
+    assert made._joined.calls == 2  # as often as the others
