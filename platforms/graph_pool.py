@@ -28,8 +28,9 @@ class GraphPool:
 
     def record(self, work: Callable[[], object]) -> tuple[Any, int]:
         """The graph of what `work` launches on the current stream, which must not be the default
-        one, and the bytes that torch took from the driver for it. Raises what `work` raised, or torch's RuntimeError where that cannot be recorded; work
-        can be recorded afterwards all the same."""
+        one, and the bytes that torch took from the driver for it. Raises what `work` raised, or
+        torch's RuntimeError where that cannot be recorded; work can be recorded afterwards all the
+        same."""
         graph = self._accelerator.CUDAGraph()
         handle = self._open()
         before = self._accelerator.memory_reserved(self._ordinal)

@@ -135,7 +135,9 @@ class SimGraph:
         if not (simulator.spoiled and pools.forgets):
             pools._cuda_endAllocateToPool(0, self._pool)
         if simulator.spoiled:
-            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
         weakref.finalize(self, pools._cuda_releasePool, 0, self._pool)
 
     def replay(self) -> None:
