@@ -312,8 +312,8 @@ def test_longer_sequences_get_wider_recordings(model: str, monkeypatch: pytest.M
         for case in (cases[0], cases[20], cases[40], cases[-1], cases[0]):
             check(loop, [case])
         assert [(shape.size, shape.reach, shape.drawing) for shape in recordings(loop)] == [
-            (8, 128, True),  # the largest first, here too
-            (8, 128, False),
+            (64, 128, True),  # the largest first, here too
+            (64, 128, False),
             (1, 128, False),
         ]
 
@@ -407,10 +407,10 @@ class PlansBadly(RecordingPlatform):
         most = self.MOST
 
         class Failing(LaunchedAttention):
-            def plan_recorded(self, spec: AttentionSpec, tables: Any, seq_lens: Any) -> Any:
+            def plan_recorded(self, spec: Any, block_tables: Any, seq_lens: Any) -> Any:
                 if len(seq_lens) > most:
                     raise ValueError("no such plan")
-                return super().plan_recorded(spec, tables, seq_lens)
+                return super().plan_recorded(spec, block_tables, seq_lens)
 
         return (Failing(),)
 
