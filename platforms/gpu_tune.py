@@ -43,10 +43,11 @@ class GraphTimer:
     """The median of a recorded launch, with cold caches and nothing of the host's time."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)  # Triton launches on the current one
-        self._event: Any = torch.cuda.Event
-        self._stream: Any = torch.cuda.Stream()  # work on the default one cannot be recorded
-        self._graphs = GraphPool(torch.cuda, device.index or 0)
+        cuda: Any = torch.cuda
+        cuda.set_device(device)  # Triton launches on the current one
+        self._event = cuda.Event
+        self._stream = cuda.Stream()  # work on the default one cannot be recorded
+        self._graphs = GraphPool(cuda, device.index or 0)
         self._cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
 
     def __call__(self, launch: Callable[[], Any]) -> float:

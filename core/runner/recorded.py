@@ -216,6 +216,7 @@ class RecordedSteps:
         self._logits = logits
         self._sizes, self._draws = scope
         self._reach = FIRST_REACH
+        self._ended = False
         self._recordings: dict[Shape, Recording] = {}
 
     def stage(self, step: StepRows, changes: RowChanges) -> RecordedStep | None:
@@ -264,7 +265,7 @@ class RecordedSteps:
     def _shape_of(self, step: StepRows, changes: RowChanges) -> Shape | None:
         """None where no recording can serve the step."""
         count, longest = len(step.rows), int(step.positions.max())
-        if count > self._sizes[-1] or longest >= self._table.tokens.shape[1]:
+        if self._ended or count > self._sizes[-1] or longest >= self._table.tokens.shape[1]:
             return None
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         if not (_fit(changes, size) and self._head.only_tokens(step)):
@@ -272,21 +273,22 @@ class RecordedSteps:
         drawing = self._head.sampler.draws(step.rows)
         if drawing and not self._draws:
             return None
-        self._reach_to(longest)
-        return Shape(size, self._reach, drawing)
+        return Shape(size, self._reach, drawing) if self._reach_to(longest) else None
 
-    def _reach_to(self, longest: int) -> None:
-        if longest <= self._reach:
-            return
-        self._recordings.clear()  # the block tables in them are too narrow
-        while self._reach < longest:
-            self._reach *= 2
-        try:
-            self.prepare(smaller=False)  # requests wait meanwhile
-        except DeviceLost:
-            raise
-        except Exception as error:  # those that come will tell
-            logger.warning("no wider steps were recorded in advance: %s", error)
+    def _reach_to(self, longest: int) -> bool:
+        """False: wider steps do not run, and none is recorded from now on."""
+        if longest > self._reach:
+            self._recordings.clear()  # the block tables in them are too narrow
+            while self._reach < longest:
+                self._reach *= 2
+            try:
+                self.prepare(smaller=False)  # requests wait meanwhile
+            except DeviceLost:
+                raise
+            except Exception as error:
+                logger.warning("no more steps are recorded: %s: %s", type(error).__name__, error)
+                self._ended = True
+        return not self._ended
 
     def _padding(self, shape: Shape) -> tuple[np.ndarray, Fields[np.ndarray]]:
         """int64 `[fields, size]`, and its views: greedy rows of one token in the scratch block, and

@@ -419,6 +419,19 @@ class PlansOne(PlansBadly):
     MOST = 1
 
 
+class PlansNarrow(RecordingPlatform):
+    """Whose attention cannot plan on the device for more than two blocks a sequence."""
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        class Failing(LaunchedAttention):
+            def plan_recorded(self, spec: Any, block_tables: Any, seq_lens: Any) -> Any:
+                if block_tables.shape[1] > 2:
+                    raise ValueError("too wide")
+                return super().plan_recorded(spec, block_tables, seq_lens)
+
+        return (Failing(),)
+
+
 class DrawsOnHost(RecordingPlatform):
     def ops(self) -> dict[str, Sequence[OpImpl]]:
         return {**reference_ops()}
@@ -478,6 +491,18 @@ def test_attention_that_fails_to_plan_does_not_end_the_start(
     if platform is PlansBadly:
         reason = f"the attention 'launched' fails to plan on the device: {reason}"
     assert f"steps are not recorded: {reason}" in caplog.text
+
+
+def test_wider_steps_that_fail_take_the_plain_way(
+    use: Use, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "FIRST_REACH", 32)
+    cases = sorted(greedy_cases("qwen3", 64, NUM_TOKENS), key=lambda case: len(case.prompt))
+    with open_loop("qwen3", platform=use(PlansNarrow)) as loop:
+        check(loop, cases[-1:])
+        assert replays(loop) == 0
+        check(loop, cases[:1])
+    assert caplog.text.count("no more steps are recorded: ValueError: too wide") == 1
 
 
 def test_drawing_on_the_host_leaves_greedy_steps_recorded(
