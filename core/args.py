@@ -101,6 +101,9 @@ class EngineArgs:
     )
     override_generation_config: dict[str, Any] = option({}, "JSON merged over it.")
     hf_overrides: dict[str, Any] = option({}, "JSON merged over the model's config.json.")
+    enforce_eager: bool = option(
+        False, "Launch every step op by op: none is compiled, none recorded and replayed."
+    )
     seed: int = option(0, "Seed of everything not seeded by a request.")
     max_logprobs: int = option(20, "Most log-probabilities a request may ask for (-1: all).")
     logprobs_mode: str = option(

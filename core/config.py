@@ -98,11 +98,13 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PlatformChoice:
-    """The platform, device and thread count that were resolved."""
+    """The platform, device and thread count that were resolved. `enforce_eager`: steps are neither
+    compiled nor recorded."""
 
     name: str
     device: int = 0
     num_threads: int | None = None
+    enforce_eager: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ..platforms.interface import Device, DeviceOutOfMemory, GroupSpec, Platform
-from .config import EngineConfig
+from .config import EngineConfig, SchedulerConfig
 from .distributed.group import open_group
 from .errors import ConfigError, KVMemoryError, PlatformError
 from .models.decoder import Decoder
@@ -16,6 +16,7 @@ from .models.loader import fill
 from .models.packed_cache import open_cache
 from .models.registry import decoder_spec
 from .models.step import StepBuffers, make_groups
+from .models.trace import StepTracer
 from .ops import OpBinder
 from .plan import StepOutput, StepPlan
 from .planning.started import compare_with_plan
@@ -60,7 +61,8 @@ class Rank:
             undo.callback(self.device.close)
             self.comm = open_group(platform, self.device, group)
             undo.callback(self.comm.close)
-            self._tracer = step_tracer(platform, self.device.index, config.scheduler, group.size)
+            self._eager = config.platform.enforce_eager
+            self._tracer = self._step_tracer(platform, config.scheduler, group.size)
             self.binder = OpBinder(
                 platform,
                 self.device,
@@ -113,10 +115,19 @@ class Rank:
             runner.compiled = compile_steps(
                 self.binder.platform, self._tracer, decoder, runner, scheduler
             )
-        scope = recording_scope(self.binder, buffers, scheduler, self.comm.size)
-        if scope is not None:
-            runner.record(scope)
+        if not self._eager:
+            scope = recording_scope(self.binder, buffers, scheduler, self.comm.size)
+            if scope is not None:
+                runner.record(scope)
         return runner
+
+    def _step_tracer(
+        self, platform: Platform, scheduler: SchedulerConfig, ranks: int
+    ) -> StepTracer | None:
+        if self._eager:
+            logger.info("enforce_eager: steps run op by op, and none is recorded")
+            return None
+        return step_tracer(platform, self.device.index, scheduler, ranks)
 
     def close(self) -> None:
         try:

@@ -28,7 +28,13 @@ from .model_files import read_generation, read_hf_config, resolve_model_path
 from .models.registry import decoder_spec
 from .models.spec import DecoderSpec
 from .ops import OpBinder
-from .planning.memory import activation_bytes, rank_memory, shape_groups
+from .planning.memory import (
+    activation_bytes,
+    rank_memory,
+    recorded_rows,
+    recording_bytes,
+    shape_groups,
+)
 from .platform import make_platform
 from .sizing import (
     GroupSize,
@@ -126,6 +132,7 @@ class _Resolution:
                 name=args.platform if ":" in args.platform else self._platform.name,
                 device=args.device,
                 num_threads=self._threads(),
+                enforce_eager=args.enforce_eager,
             ),
         )
 
@@ -273,7 +280,7 @@ class _Resolution:
         )
 
     def _held(self, dtype: torch.dtype, kv_dtype: torch.dtype, lengths: Lengths) -> int:
-        """Bytes of one rank's weights, buffers, and activations at their widest."""
+        """Bytes of one rank's weights, buffers, activations at their widest, and recordings."""
         groups = shape_groups(
             self._spec,
             self._platform,
@@ -292,13 +299,15 @@ class _Resolution:
             max_model_len=lengths.max_model_len,
             num_seqs=lengths.num_seqs,
         )
-        return memory.held + activation_bytes(
+        activations = activation_bytes(
             self._spec,
             dtype,
             ranks=self._ranks,
             tokens=lengths.step_tokens,
             logits=lengths.num_seqs,
         )
+        rows = recorded_rows(self._args, self._capabilities, lengths, self._ranks)
+        return memory.held + activations + recording_bytes(self._spec, dtype, rows)
 
     @functools.cached_property
     def _limits(self) -> StepLimits:

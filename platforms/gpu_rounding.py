@@ -65,7 +65,8 @@ def rounded_at_once(graph: StepGraph, nodes: Sequence[StepNode | None]) -> list[
         dtypes = {code_dtype(node) for node in readers.values()}
         if maker is None or len(dtypes) != 1 or uses[value] != len(readers):
             continue
-        impl, (dtype,) = inspect.unwrap(maker.call), dtypes
+        impl = inspect.unwrap(maker.call)
+        (dtype,) = dtypes
         if value.position or dtype is None or not _rounds(impl):
             continue
         scales = Value(value.node, len(maker.outputs))

@@ -17,6 +17,7 @@ from ..kernels_cuda.portable.tuning import Entry, Table, Watched, fingerprint
 from .gpu_binaries import compiling_only, resources
 from .gpu_kernels import RELATIVES, table_for
 from .gpu_tables import SHARED_LIMIT
+from .graph_pool import GraphPool
 from .ops import OPS, Tolerance
 from .tune_journal import Journal, Result, Values
 from .tune_search import CardLost, Job, Launches, OutOfTime, Refused, Search, Timer
@@ -42,8 +43,11 @@ class GraphTimer:
     """The median of a recorded launch, with cold caches and nothing of the host's time."""
 
     def __init__(self, device: torch.device) -> None:
-        torch.cuda.set_device(device)  # Triton launches on the current one
-        self._event: Any = torch.cuda.Event
+        cuda: Any = torch.cuda
+        cuda.set_device(device)  # Triton launches on the current one
+        self._event = cuda.Event
+        self._stream = cuda.Stream()  # work on the default one cannot be recorded
+        self._graphs = GraphPool(cuda, device.index or 0)
         self._cold = torch.empty(COLD_BYTES, dtype=torch.uint8, device=device)
 
     def __call__(self, launch: Callable[[], Any]) -> float:
@@ -56,9 +60,8 @@ class GraphTimer:
     def _times(self, launch: Callable[[], Any]) -> list[float]:
         launch()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            launch()
+        with torch.cuda.stream(self._stream):
+            graph, _ = self._graphs.record(launch)
         for _ in range(WARM_UP):
             graph.replay()
         edges = []

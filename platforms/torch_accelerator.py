@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .graph_pool import GraphPool
 from .interface import (
     Device,
     DeviceLost,
@@ -89,10 +90,10 @@ class TorchAccelerator(Device):
         self._lost: DeviceLost | None = None
         self._closed = False
         self._running = threading.local()
+        self._graphs = GraphPool(accelerator, ordinal)
         with self.guard():
             self._compute = accelerator.Stream(device=ordinal)
             self._copies = accelerator.Stream(device=ordinal)
-            self._pool = accelerator.graph_pool_handle()
 
     # -- memory --------------------------------------------------------------------------------
 
@@ -175,20 +176,9 @@ class TorchAccelerator(Device):
         if not self.inside:
             raise RuntimeError("capture outside a launch.")
         with self._open():
-            before = self._accelerator.memory_reserved(self._ordinal)
-            graph = self._accelerator.CUDAGraph()
-            # thread_local: other threads may ask the driver for memory meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # a broken capture ends with an error too
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            graph, grown = self._graphs.record(work)
             captured = AcceleratorGraph(self, graph)
-            grown = self._accelerator.memory_reserved(self._ordinal) - before
-            self._ledger.enter(captured, max(0, int(grown)), "graphs")
+            self._ledger.enter(captured, grown, "graphs")
             return captured
 
     def telemetry(self) -> Telemetry:
@@ -208,7 +198,6 @@ class TorchAccelerator(Device):
         with contextlib.suppress(DeviceLost):
             self.synchronize()
         self._closed = True
-        self._pool = None
         with contextlib.suppress(RuntimeError):  # nothing is to be had from a lost device
             self._accelerator.empty_cache()
 

@@ -3,7 +3,6 @@ concurrency and context. Models have random bf16 weights in real shapes (`shapes
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,6 @@ import workloads
 from limits import WEIGHTS, Limits, kv_bytes
 
 from trimaran import LLM
-from trimaran.core.args import EngineArgs
 
 from .part import Bench, Found, Piece, Record, Skip
 
@@ -27,8 +25,6 @@ ROUNDS = 3
 SWEEP = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CONTEXTS = (4096, 16_384, 32_768, 65_536, 131_072)
 LONG_OUTPUT = 64
-RECORDINGS_SWITCH = "enforce_eager"
-"""The engine's argument that keeps steps from being recorded, where it has one."""
 
 Prompts = list[list[int]]
 
@@ -113,7 +109,7 @@ def throughput(bench: Bench) -> Iterator[Piece]:
 
 
 def batch_one(bench: Bench) -> Iterator[Piece]:
-    """One request at a time, with steps recorded and, where there is a switch, without."""
+    """One request at a time, with steps compiled and recorded, and without."""
     room = {"max_num_seqs": 8, "max_model_len": "128" if bench.tiny else "2048"}
     if not bench.tiny:
         room["kv_cache_memory_bytes"] = "4G"
@@ -121,15 +117,9 @@ def batch_one(bench: Bench) -> Iterator[Piece]:
     shapes_of_it = ((8, 8),) if bench.tiny else ((128, 128), (1024, 128))
     for prompt, output in shapes_of_it:
         yield f"{prompt}/{output}", partial(_alone, bench, llm, prompt, output)
-    plain = opened(bench, **room, **{RECORDINGS_SWITCH: True})
+    plain = opened(bench, **room, enforce_eager=True)
     for prompt, output in shapes_of_it:
-        yield f"{prompt}/{output} without recordings", partial(_eager, bench, plain, prompt, output)
-
-
-def _eager(bench: Bench, llm: Callable[[], Any], prompt: int, output: int) -> Found:
-    if RECORDINGS_SWITCH not in {one.name for one in dataclasses.fields(EngineArgs)}:
-        raise Skip(f"the engine has no argument {RECORDINGS_SWITCH}")
-    return _alone(bench, llm, prompt, output)
+        yield f"{prompt}/{output} without recordings", partial(_alone, bench, plain, prompt, output)
 
 
 def _alone(bench: Bench, llm: Callable[[], Any], prompt: int, output: int) -> Found:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...platforms.interface import Communicator, PackedWeight, Platform
+from ...platforms.interface import Capabilities, Communicator, PackedWeight, Platform
 from ...platforms.ops import DENSE
+from ..args import EngineArgs
 from ..config import EngineConfig
+from ..lengths import Lengths
 from ..models.decoder import Decoder
 from ..models.layers import VocabEmbedding
 from ..models.registry import decoder_spec
@@ -22,6 +24,7 @@ from ..models.step import StepBuffers, StepGroup, make_groups, slot_dtype
 from ..models.weights import WeightSource
 from ..ops import OpBinder, WeightUse
 from ..quantization.scheme import PLAIN, WeightScheme
+from ..runner.recorded import recorded_sizes
 from ..runner.rows import SLACK, RowTable
 from ..sizing import GroupSize
 
@@ -269,3 +272,20 @@ def activation_bytes(
     scores = dtype.itemsize + torch.float32.itemsize if dtype != torch.float32 else dtype.itemsize
     head = tokens * hidden * dtype.itemsize + logits * spec.vocab_size * scores
     return max(layer, head)
+
+
+def recorded_rows(
+    args: EngineArgs, capabilities: Capabilities, lengths: Lengths, ranks: int
+) -> int:
+    """Rows of the largest step that is recorded; 0: none is (`runner.recorded.recording_scope` may
+    find other reasons, which only the device itself can tell)."""
+    if args.enforce_eager or ranks > 1 or not capabilities.graph_replay:
+        return 0
+    return recorded_sizes(lengths.num_seqs, lengths.step_tokens, lengths.token_buckets)[-1]
+
+
+def recording_bytes(spec: DecoderSpec, dtype: torch.dtype, rows: int) -> int:
+    """What recordings of steps of up to `rows` rows hold, beside what other steps take: recordings
+    have a pool of memory of their own, in which the largest is made first and all others find
+    room."""
+    return activation_bytes(spec, dtype, ranks=1, tokens=rows, logits=rows) if rows else 0

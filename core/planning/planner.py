@@ -14,7 +14,14 @@ from ..models.spec import DecoderSpec, LayerGroup
 from ..ops import OpBinder
 from ..sizing import GroupSize, default_budget, longest_that_fits, measure_groups, sequence_bytes
 from .limits import PREFILL_TOKENS, Load
-from .memory import RankMemory, activation_bytes, rank_memory, shape_groups
+from .memory import (
+    RankMemory,
+    activation_bytes,
+    rank_memory,
+    recorded_rows,
+    recording_bytes,
+    shape_groups,
+)
 from .model import ModelFacts, Parameters
 from .report import BYTES, TOKENS, Figure, Plan, Section
 from .settings import Settings, choose_settings, review
@@ -24,7 +31,7 @@ NOT_COUNTED = (
     "not counted: the interpreter and libraries (the process before it loads anything), what an "
     "implementation takes inside one op, log-probabilities of prompts, and rows of penalties"
 )
-FIXED = ("weights", "step buffers", "rows", "activations")
+FIXED = ("weights", "step buffers", "rows", "activations", "recordings")
 """What is held beside the KV cache, whatever its size."""
 BLOCK = 32
 UNBOUNDED = 1 << 40
@@ -217,7 +224,7 @@ class _Planner:
                 "weights": Figure(size, BYTES, f"parameters in {dtype_name(settings.dtype)}")
             }
             unknown = Figure(None, BYTES, "unknown: no layers for it here yet")
-            steps = {"step buffers": unknown, "rows": unknown, "activations": unknown}
+            steps = dict.fromkeys(FIXED[1:], unknown)
         else:
             assert self._facts.spec is not None
             weights, steps = self._weights_of(memory), self._steps_of(memory, self._facts.spec)
@@ -260,7 +267,16 @@ class _Planner:
             "step buffers": Figure(memory.step, BYTES, f"{tokens} tokens"),
             "rows": Figure(memory.rows, BYTES, f"{seqs} sequences and one spare"),
             "activations": Figure(activations, BYTES, source),
+            "recordings": self._recordings(spec),
         }
+
+    def _recordings(self, spec: DecoderSpec) -> Figure:
+        settings = self._settings
+        rows = recorded_rows(
+            self._args, self._target.capabilities, settings.lengths, settings.ranks
+        )
+        source = f"the largest recorded step, {rows} rows" if rows else "no step is recorded"
+        return Figure(recording_bytes(spec, settings.dtype, rows), BYTES, source)
 
     # -- what fits -----------------------------------------------------------------------------
 

@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...platforms.interface import Device, DeviceLost, Event, KVRegion, Platform, StepFn
+from ...platforms.interface import (
+    Device,
+    DeviceLost,
+    DeviceOutOfMemory,
+    Event,
+    KVRegion,
+    Platform,
+    StepFn,
+)
 from ..config import CacheConfig, ModelSpec, SchedulerConfig
 from ..errors import DeviceLostError
 from ..models.decoder import Decoder
@@ -134,11 +142,20 @@ class Runner:
 
     def record(self, scope: Scope) -> None:
         """From now on steps in which all decode are replayed, see `RecordedSteps`; as they are
-        compiled now."""
+        compiled now. The likeliest are recorded here; where these do not even run, none is, and
+        the log says why. Raises DeviceLost, DeviceOutOfMemory."""
         logits = functools.partial(compute_logits, self._decoder, self._buffers, self.compiled)
-        self._recorded = RecordedSteps(
+        recorded = RecordedSteps(
             self._device, self._rows, self._buffers, self._tokens, logits, scope
         )
+        try:
+            recorded.prepare()
+        except (DeviceLost, DeviceOutOfMemory):
+            raise
+        except Exception as error:
+            logger.warning("steps are not recorded: %s: %s", type(error).__name__, error)
+            return
+        self._recorded = recorded
 
     def run_scratch(self, num_tokens: int, work: Work) -> None:
         """Run `work` on the device with a step of `num_tokens` in the buffers, all of them

@@ -9,7 +9,7 @@ its own state while the step is still queued.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -58,8 +58,19 @@ class Feature(ABC):
         """Forget a row, if it is known."""
 
     @abstractmethod
+    def asking(self, batch: SampleRows) -> list[tuple[int, int]]:
+        """(index in the batch, row) of the rows that ask in this step: on the host alone."""
+
+    @abstractmethod
     def stage(self, batch: SampleRows) -> Staged | None:
-        """What this step has to do; None if nothing."""
+        """What this step has to do, copied to the device; None if no row asks."""
+
+
+def rows_in(batch: SampleRows, known: Collection[int]) -> list[tuple[int, int]]:
+    """(index in the batch, row) of the rows that are `known`."""
+    if not known:
+        return []
+    return [(i, row) for i, row in enumerate(batch.rows.tolist()) if row in known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +102,8 @@ class _Ragged(Feature):
         inside = [token for token in ids if 0 <= token < self._vocab]
         self._ids[row] = self._device.to_device(torch.tensor(inside, dtype=torch.int64))
 
-    def _asking(self, batch: SampleRows) -> list[tuple[int, int]]:
-        """(index in the batch, row) of the rows that ask."""
-        if not self._ids:
-            return []
-        return [(i, row) for i, row in enumerate(batch.rows.tolist()) if row in self._ids]
+    def asking(self, batch: SampleRows) -> list[tuple[int, int]]:
+        return rows_in(batch, self._ids)
 
     def _flat(self, asking: list[tuple[int, int]]) -> tuple[Tensor, list[Tensor]]:
         """The batch index of every listed id, on the device, and the lists themselves."""
@@ -112,7 +120,7 @@ class AllowedTokens(_Ragged):
             self._keep(new.row, new.sampling.allowed_token_ids)
 
     def stage(self, batch: SampleRows) -> Staged | None:
-        asking = self._asking(batch)
+        asking = self.asking(batch)
         if not asking:
             return None
         index, lists = self._flat(asking)
@@ -143,9 +151,12 @@ class MinTokens(_Ragged):
         super().remove(row)
         self._until.pop(row, None)
 
-    def stage(self, batch: SampleRows) -> Staged | None:
+    def asking(self, batch: SampleRows) -> list[tuple[int, int]]:
         positions = batch.positions
-        asking = [(i, row) for i, row in self._asking(batch) if positions[i] < self._until[row]]
+        return [(i, row) for i, row in super().asking(batch) if positions[i] < self._until[row]]
+
+    def stage(self, batch: SampleRows) -> Staged | None:
+        asking = self.asking(batch)
         if not asking:
             return None
         index, lists = self._flat(asking)
@@ -175,7 +186,7 @@ class LogitBias(_Ragged):
         self._values.pop(row, None)
 
     def stage(self, batch: SampleRows) -> Staged | None:
-        asking = self._asking(batch)
+        asking = self.asking(batch)
         if not asking:
             return None
         index, lists = self._flat(asking)
@@ -222,10 +233,11 @@ class BadWords(Feature):
     def remove(self, row: int) -> None:
         self._words.pop(row, None)
 
+    def asking(self, batch: SampleRows) -> list[tuple[int, int]]:
+        return rows_in(batch, self._words)
+
     def stage(self, batch: SampleRows) -> Staged | None:
-        if not self._words:
-            return None
-        asking = [(i, row) for i, row in enumerate(batch.rows.tolist()) if row in self._words]
+        asking = self.asking(batch)
         if not asking:
             return None
         per_row = [self._words[row] for _, row in asking]

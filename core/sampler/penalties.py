@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...platforms.interface import Device
 from ..plan import NewRow, RowSampling
-from .features import Feature, SampleRows, Staged, Work
+from .features import Feature, SampleRows, Staged, Work, rows_in
 
 _FIRST_SLOTS = 4
 
@@ -80,17 +80,18 @@ class Penalties(Feature):
 
         return copy
 
+    def asking(self, batch: SampleRows) -> list[tuple[int, int]]:
+        return rows_in(batch, self._slots)
+
     def stage(self, batch: SampleRows) -> Staged | None:
-        if not self._slots:
-            return None
-        rows = batch.rows.tolist()
-        asking = [i for i, row in enumerate(rows) if row in self._slots]
-        if not asking:
+        found = self.asking(batch)
+        if not found:
             return None
         assert self._counts is not None
-        slots = [self._slots[rows[i]] for i in asking]
+        asking = [i for i, _ in found]
+        slots = [self._slots[row] for _, row in found]
         places = np.stack([asking, slots, batch.rows[asking], batch.positions[asking]])
-        settings = np.array([self._settings[rows[i]] for i in asking], dtype=np.float32)
+        settings = np.array([self._settings[row] for _, row in found], dtype=np.float32)
         return _StagedPenalties(
             self._counts,
             self._tokens[:, : int(batch.positions[asking].max())],

@@ -113,7 +113,7 @@ class Sampler:
         if self._logprobs and any(row in self._logprobs for row in rows.tolist()):
             return False
         batch = SampleRows(rows, positions, self._num_prompts[rows])
-        return all(feature.stage(batch) is None for feature in self._features)
+        return not any(feature.asking(batch) for feature in self._features)
 
     def settings(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """fp32 `[3, n]`: temperature, top_p, min_p; int64 `[4, n]`: top_k, the low and high half of

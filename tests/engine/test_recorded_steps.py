@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_models
 from helpers.engine_loop import Loop, beam, greedy, open_loop
 from helpers.generate_reference import Case, greedy_cases
-from helpers.recording_platform import RecordingPlatform
+from helpers.recording_platform import LaunchedAttention, RecordingPlatform
 
 from trimaran.core import executor as executor_module
 from trimaran.core import resolve as resolve_module
@@ -123,6 +123,7 @@ def test_batches_that_grow_and_shrink(model: str, platform: str) -> None:
 @pytest.mark.usefixtures("all_recorded")
 def test_recordings_are_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which none has more rows than a step may have; a step of five is padded to seven."""
+    monkeypatch.setattr(recorded, "PREPARED", 0)
     shapes: list[recorded.Shape] = []
     init = recorded.Recording.__init__
 
@@ -137,6 +138,41 @@ def test_recordings_are_of_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         check(loop, cases_for("qwen3")[:1])
     assert [shape.size for shape in shapes] == [7, 4, 1]
     assert not any(shape.drawing for shape in shapes)
+
+
+@pytest.mark.usefixtures("all_recorded")
+def test_the_likeliest_are_recorded_at_start() -> None:
+    """The largest first, in whose memory the others find room; what comes is replayed at once."""
+    with open_loop("qwen3", platform=RECORDING, max_num_seqs=40) as loop:
+        made = [(shape.size, shape.drawing) for shape in recordings(loop)]
+        assert made == [(size, drawing) for size in (40, 4, 2, 1) for drawing in (True, False)]
+        device: Any = loop.executor.device  # type: ignore[attr-defined]
+        assert (device.captures, device.replays) == (8, 0)
+        assert device.memory().by_tag["graphs"] > 0
+        check(loop, cases_for("qwen3")[:2])
+        same_tokens(
+            loop.run(drawn(cases_for("qwen3"))[:1]), plain("qwen3", drawn(cases_for("qwen3"))[:1])
+        )
+        assert device.captures == 8 and device.replays >= 2 * (NUM_TOKENS - 2)
+
+
+def recordings(loop: Loop) -> dict[recorded.Shape, recorded.Recording]:
+    found: dict[recorded.Shape, recorded.Recording]
+    found = loop.executor._rank.runner._recorded._recordings  # type: ignore[attr-defined]
+    return found
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_an_eager_engine_records_and_compiles_nothing(
+    platform: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "trimaran")
+    with open_loop("qwen3", platform=PLATFORMS[platform], enforce_eager=True) as loop:
+        check(loop, cases_for("qwen3")[:2])
+        device: Any = loop.executor.device  # type: ignore[attr-defined]
+        assert (device.captures, device.replays) == (0, 0)
+    assert "enforce_eager: steps run op by op" in caplog.text
+    assert "compiled as one" not in caplog.text
 
 
 @pytest.mark.usefixtures("all_recorded")
@@ -275,9 +311,11 @@ def test_longer_sequences_get_wider_recordings(model: str, monkeypatch: pytest.M
     with open_loop(model, platform=RECORDING, enable_prefix_caching=False) as loop:
         for case in (cases[0], cases[20], cases[40], cases[-1], cases[0]):
             check(loop, [case])
-        runner = loop.executor._rank.runner  # type: ignore[attr-defined]
-        assert runner._recorded._reach == 128
-        assert {shape.reach for shape in runner._recorded._recordings} == {128}
+        assert [(shape.size, shape.reach, shape.drawing) for shape in recordings(loop)] == [
+            (64, 128, True),  # the largest first, here too
+            (64, 128, False),
+            (1, 128, False),
+        ]
 
 
 @pytest.mark.usefixtures("all_recorded")
@@ -360,6 +398,40 @@ class PlansOnHost(RecordingPlatform):
         return (ReferenceAttention(),)
 
 
+class PlansBadly(RecordingPlatform):
+    """Attention that cannot plan on the device for more than `MOST` sequences."""
+
+    MOST = 0
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        most = self.MOST
+
+        class Failing(LaunchedAttention):
+            def plan_recorded(self, spec: Any, block_tables: Any, seq_lens: Any) -> Any:
+                if len(seq_lens) > most:
+                    raise ValueError("no such plan")
+                return super().plan_recorded(spec, block_tables, seq_lens)
+
+        return (Failing(),)
+
+
+class PlansOne(PlansBadly):
+    MOST = 1
+
+
+class PlansNarrow(RecordingPlatform):
+    """Whose attention cannot plan on the device for more than two blocks a sequence."""
+
+    def attention(self, spec: AttentionSpec) -> Sequence[AttentionImpl]:
+        class Failing(LaunchedAttention):
+            def plan_recorded(self, spec: Any, block_tables: Any, seq_lens: Any) -> Any:
+                if block_tables.shape[1] > 2:
+                    raise ValueError("too wide")
+                return super().plan_recorded(spec, block_tables, seq_lens)
+
+        return (Failing(),)
+
+
 class DrawsOnHost(RecordingPlatform):
     def ops(self) -> dict[str, Sequence[OpImpl]]:
         return {**reference_ops()}
@@ -405,6 +477,32 @@ def test_attention_that_plans_on_the_host_is_named(
         check(loop, cases_for("qwen3")[:2])
         assert replays(loop) == 0
     assert "not recorded: the attention 'reference' is planned on the host" in caplog.text
+
+
+@pytest.mark.parametrize("platform", [PlansBadly, PlansOne])
+def test_attention_that_fails_to_plan_does_not_end_the_start(
+    use: Use, caplog: pytest.LogCaptureFixture, platform: type[RecordingPlatform]
+) -> None:
+    """When it is asked whether it can; when the first steps are prepared."""
+    with open_loop("qwen3", platform=use(platform)) as loop:
+        check(loop, cases_for("qwen3")[:2])
+        assert replays(loop) == 0
+    reason = "ValueError: no such plan"
+    if platform is PlansBadly:
+        reason = f"the attention 'launched' fails to plan on the device: {reason}"
+    assert f"steps are not recorded: {reason}" in caplog.text
+
+
+def test_wider_steps_that_fail_take_the_plain_way(
+    use: Use, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorded, "FIRST_REACH", 32)
+    cases = sorted(greedy_cases("qwen3", 64, NUM_TOKENS), key=lambda case: len(case.prompt))
+    with open_loop("qwen3", platform=use(PlansNarrow)) as loop:
+        check(loop, cases[-1:])
+        assert replays(loop) == 0
+        check(loop, cases[:1])
+    assert caplog.text.count("no more steps are recorded: ValueError: too wide") == 1
 
 
 def test_drawing_on_the_host_leaves_greedy_steps_recorded(

@@ -9,9 +9,11 @@ real device. Ops on the host's own tensors run at once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -83,18 +85,60 @@ class SimStream:
             del work  # its tensors
 
 
+class SimPools:
+    """The allocator's book of graph pools, as `CUDACachingAllocator.cpp` keeps it: how many graphs
+    hold each, and which captures are under way. `forgets`: ended by the driver's error, a capture
+    stays open, as in torch up to 2.11; else the allocator ends it."""
+
+    def __init__(self) -> None:
+        self.forgets = True
+        self.uses: dict[int, int] = {}
+        self.open: set[int] = set()
+        self._handles = itertools.count(1)
+
+    def new(self) -> int:
+        return next(self._handles)
+
+    def begin(self, pool: int) -> None:
+        if pool in self.open:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        if self.uses.get(pool, 1) == 0:
+            raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
+        self.uses[pool] = self.uses.get(pool, 0) + 1
+        self.open.add(pool)
+
+    def _cuda_endAllocateToPool(self, ordinal: int, pool: int) -> None:
+        if pool not in self.open:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.open.remove(pool)
+
+    def _cuda_releasePool(self, ordinal: int, pool: int) -> None:
+        self.uses[pool] -= 1
+        assert self.uses[pool] >= 0, "a pool is taken from graphs that are alive"
+
+
 class SimGraph:
-    """Work recorded instead of queued."""
+    """Work recorded instead of queued. Asking for a value spoils it: ending it then raises."""
 
     def __init__(self, simulator: StreamSimulator) -> None:
         self._simulator = simulator
         self._recorded: list[Callable[[], Any]] = []
 
-    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
-        self._simulator.recording = self._recorded
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        self._simulator.memory.begin(pool)
+        self._pool = pool
+        self._simulator.recording, self._simulator.spoiled = self._recorded, False
 
     def capture_end(self) -> None:
-        self._simulator.recording = None
+        simulator, pools = self._simulator, self._simulator.memory
+        simulator.recording = None
+        if not (simulator.spoiled and pools.forgets):
+            pools._cuda_endAllocateToPool(0, self._pool)
+        if simulator.spoiled:
+            raise RuntimeError(
+                "CUDA error: operation failed due to a previous error during capture"
+            )
+        weakref.finalize(self, pools._cuda_releasePool, 0, self._pool)
 
     def replay(self) -> None:
         for work in self._recorded:
@@ -117,6 +161,8 @@ class StreamSimulator:
     ) -> None:
         self.limit = limit
         self.recording: list[Callable[[], Any]] | None = None
+        self.spoiled = False
+        self.memory = SimPools()
         self._delays = [slow, quick]
         self._default = SimStream(default)
         self._thread = threading.local()
@@ -143,8 +189,8 @@ class StreamSimulator:
     def CUDAGraph(self) -> SimGraph:
         return SimGraph(self)
 
-    def graph_pool_handle(self) -> str:
-        return "pool"
+    def graph_pool_handle(self) -> int:
+        return self.memory.new()
 
     def default_stream(self, ordinal: int) -> SimStream:
         return self._default
@@ -161,7 +207,15 @@ class StreamSimulator:
     memory_allocated = memory_reserved
 
     def empty_cache(self) -> None:
-        pass
+        if self.memory.open:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def wait(self) -> None:
+        """For the work of the current stream: the host wants a value."""
+        if self.recording is not None:
+            self.spoiled = True
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        self.current.synchronize()
 
     @contextlib.contextmanager
     def active(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -218,7 +272,7 @@ class _Streams(TorchDispatchMode):
         elif len(args) > 2 and args[2]:  # non_blocking
             poison(target)
         else:
-            simulator.current.synchronize()
+            simulator.wait()
         return target
 
     def _compute(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -232,7 +286,7 @@ class _Streams(TorchDispatchMode):
             shapes = func(*_on_meta(args), **_on_meta(kwargs))
             assert not to_host and all(isinstance(x, Tensor) for x in tree_leaves(shapes))
         except Exception:  # it yields a number, or something whose size depends on one
-            simulator.current.synchronize()
+            simulator.wait()
             return tree_map(place, func(*args, **kwargs))
         empty = tree_map(lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype), shapes)
         return self._later(func, args, kwargs, place, empty)

@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton")
 
 from helpers import interpreter  # noqa: E402
 
+from trimaran.core.runner import recorded  # noqa: E402
 from trimaran.kernels_cuda.portable import tuning  # noqa: E402
 from trimaran.platforms.gpu_kernels import GENERIC, table_for  # noqa: E402
 
@@ -31,3 +32,9 @@ def table() -> tuning.Table:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def recorded_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None at start: the interpreter takes seconds a step."""
+    monkeypatch.setattr(recorded, "PREPARED", 0)

@@ -14,10 +14,12 @@ import pytest
 import torch
 import triton
 from helpers.interpreted_gpu import NoCard
+from helpers.stream_simulator import DEVICE, StreamSimulator
 
 from trimaran.kernels_cuda.portable import activation
 from trimaran.kernels_cuda.portable.case import Case, rand
 from trimaran.kernels_cuda.portable.tuning import Table, dump, fingerprint
+from trimaran.platforms import gpu_tune
 from trimaran.platforms.gpu_kernels import GENERIC
 from trimaran.platforms.gpu_tune import CaseRunner, Tuning, difference, improved, starting_table
 from trimaran.platforms.gpu_user_table import user_table_path
@@ -133,6 +135,41 @@ def test_a_card_that_is_lost_ends_it(
         list(one.run(["add"]))
     again = Journal(tmp_path / "generic.jsonl", {"card": "interpreter"})
     assert "illegal" in again.refusal("add/0", {**START, "ROWS": 2}), "not tried twice"
+
+
+class Stopped:
+    """An event between two of which no time goes by."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        pass
+
+    def record(self) -> None:
+        pass
+
+    def elapsed_time(self, other: Stopped) -> float:
+        return 2.0
+
+
+def test_a_candidate_that_cannot_be_recorded_leaves_the_others_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    simulator = StreamSimulator(quick=0.0, slow=0.0, default=0.0)
+    for name in ("CUDAGraph", "graph_pool_handle", "memory", "memory_reserved", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, getattr(simulator, name))
+    monkeypatch.setattr(torch.cuda, "stream", simulator.stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: simulator.Stream(0))
+    monkeypatch.setattr(torch.cuda, "Event", Stopped)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: simulator.current.synchronize())
+    monkeypatch.setattr(gpu_tune, "COLD_BYTES", 16)
+    with simulator.active(monkeypatch):
+        timer = gpu_tune.GraphTimer(DEVICE)
+        x = torch.ones(4, device=DEVICE)
+        for _ in range(2):
+            assert timer(lambda: x * 2) == 2e-3
+            with pytest.raises(Refused, match="not permitted when stream is capturing"):
+                timer(lambda: x.sum().item())
+    assert not simulator.memory.open
 
 
 ONES = torch.ones(64)

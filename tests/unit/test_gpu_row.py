@@ -53,6 +53,7 @@ def test_every_measuring_part_finds_figures(measured: dict[str, Any]) -> None:
     assert found["canary"]["rates"]["read_gb_s"] > 0
     assert found["throughput"]["round 1"]["output_tokens"] == sum(engine.mixed_lengths(6, 4, 12)[1])
     assert found["batch1"]["8/8"]["percent_of_limit"] > 0
+    assert found["batch1"]["8/8 without recordings"]["decode_tok_s"] > 0
     assert found["steady"]["host"]["running"] == 4
     assert 0 < found["steady"]["host"]["host_ms"] <= found["steady"]["host"]["step_ms"]
     assert found["sweep"]["4 at once"]["output_tokens"] == 32

@@ -22,6 +22,7 @@ from trimaran.core.planning import targets as targets_module
 from trimaran.core.planning.memory import activation_bytes
 from trimaran.core.planning.model import AttentionShape, Parameters, read_model
 from trimaran.core.planning.planner import plan
+from trimaran.core.planning.report import Plan
 from trimaran.core.planning.started import describe_memory, differs
 from trimaran.core.planning.targets import Target, find_targets
 from trimaran.core.resolve import resolve
@@ -315,6 +316,25 @@ def test_activations_grow_with_tokens_and_logits() -> None:
 
     assert peak(2048, 1) == 2048 * (2 * 1024 + 3 * 3072) * 4
     assert peak(1, 64) == 1024 * 4 + 64 * 151_936 * 4
+
+
+def test_recordings_have_their_room() -> None:
+    """That of the largest: none where nothing is recorded, and none of it is the cache's."""
+    target = toy()
+    known = dataclasses.replace(target.capabilities, graph_replay=True)
+    target = dataclasses.replace(target, capabilities=known)
+
+    def planned(target: Target, **more: Any) -> Plan:
+        args = args_of("qwen3-0.6b", dtype="bfloat16", max_num_seqs=40, **more)
+        return plan(read_model(args), args, target)
+
+    found, eager = planned(target), planned(target, enforce_eager=True)
+    room = found.value("memory", "recordings") or 0
+    assert room >= 40 * 151_936 * (4 + 2)  # scores in bfloat16, and in fp32
+    for none in (eager, planned(toy()), planned(target, tensor_parallel_size=2)):
+        assert none.value("memory", "recordings") == 0
+    ours, theirs = (one.value("fits", "memory for KV") or 0 for one in (found, eager))
+    assert theirs - ours == room
 
 
 @pytest.mark.parametrize(("ranks", "width"), [(1, 768), (4, 192)])

@@ -432,3 +432,22 @@ def test_the_result_is_frozen(model: Callable[..., str]) -> None:
     config = make(model())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.scheduler.max_num_seqs = 3  # type: ignore[misc]
+
+
+def test_recordings_are_not_the_caches(
+    model: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their memory is set aside before the cache is sized, where steps are recorded."""
+    held: dict[tuple[str, bool], int] = {}
+    for platform in ("strict", "helpers.recording_platform:RecordingPlatform"):
+        for eager in (False, True):
+
+            def budget(memory: Any, taken: int, key: Any = (platform, eager), **more: Any) -> int:
+                held[key] = taken
+                return default_budget(memory, taken, **more)
+
+            monkeypatch.setattr(resolve_module, "default_budget", budget)
+            make(model(), platform=platform, enforce_eager=eager, max_num_seqs=40)
+    with_recordings = held.pop(("helpers.recording_platform:RecordingPlatform", False))
+    (plain,) = set(held.values())
+    assert with_recordings >= plain + 40 * CONFIG["vocab_size"] * 4

@@ -311,6 +311,40 @@ def test_processed_logprobs_see_the_filters() -> None:
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("sampling", "more"),
+    [
+        (RowSampling(), False),
+        (RowSampling(temperature=0.0), False),
+        (RowSampling(allowed_token_ids=[3]), True),
+        (RowSampling(bad_words_ids=[[3, 4]]), True),
+        (RowSampling(min_tokens=2, suppress_ids=[3]), True),
+        (RowSampling(logit_bias={3: 1.0}), True),
+        (RowSampling(presence_penalty=0.5), True),
+        (RowSampling(logprobs=0), True),
+    ],
+)
+def test_whether_more_is_asked_costs_no_copy(
+    sampling: RowSampling, more: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked at every step that decodes, before anything is staged."""
+    bench = Bench()
+    bench.add(1, RowSampling())
+    bench.add(2, sampling)
+    monkeypatch.setattr(bench.device, "to_device", None)
+    for rows in ([1, 2], [1]):
+        positions = np.array([bench.lengths[row] for row in rows])
+        assert bench.sampler.only_chooses(np.array(rows), positions) != (more and 2 in rows)
+
+
+def test_min_tokens_end() -> None:
+    """Then the row asks nothing any more."""
+    bench = Bench()
+    bench.add(2, RowSampling(min_tokens=2, suppress_ids=[3]))
+    asked = [not bench.sampler.only_chooses(np.array([2]), np.array([at])) for at in (2, 3, 4)]
+    assert asked == [True, True, False]
+
+
 def test_staged_steps_survive_changes_of_the_host_state() -> None:
     """Two steps are queued before the first runs, and a row is reused in between."""
     device = StrictDevice(0, 0.01)
