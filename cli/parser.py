@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
@@ -25,6 +26,11 @@ class Parser(argparse.ArgumentParser):
             words.append(f"{name}" if one.required else f"[{name}]")
         usage = f"usage: {' '.join(words)} [flags]; see {self.prog} --help"
         self.exit(2, f"{self.prog}: error: {message}\n{usage}\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """A full or closed output is no failure; argparse of Python 3.11.2 takes it for one."""
+        with contextlib.suppress(OSError):
+            super()._print_message(message, file)
 
     def _meant(self, unknown: Sequence[str]) -> str:
         for word in unknown:

@@ -225,9 +225,9 @@ def test_platforms_shows_what_an_engine_binds(given):
 
 
 def test_a_closed_output_is_no_failure():
-    for target in ("/dev/full", "/dev/null"):
+    for target, *options in (("/dev/full",), ("/dev/full", "-u"), ("/dev/null",)):
         with open(target, "w") as out:
-            command = [sys.executable, "-m", "trimaran", "--version"]
+            command = [sys.executable, *options, "-m", "trimaran", "--version"]
             done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, timeout=60)
         assert b"Traceback" not in done.stderr
 
