@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from helpers.stream_simulator import on_meta
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
@@ -122,7 +123,7 @@ class Capture(TorchDispatchMode):
     def _results(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Memory for what the op makes. What depends on values has no shape yet."""
         try:
-            shapes = func(*_on_meta(args), **_on_meta(kwargs))
+            shapes = func(*on_meta(args), **on_meta(kwargs))
         except Exception as error:
             raise CaptureError(f"{func} while recording: {error}") from error
         return tree_map(self._make, shapes)
@@ -133,15 +134,6 @@ class Capture(TorchDispatchMode):
         made = torch.empty_strided(shape.shape, shape.stride(), dtype=shape.dtype)
         self.made[made.untyped_storage()._cdata] = poison(made)
         return made
-
-
-def _on_meta(values: Any) -> Any:
-    def meta(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return torch.device("meta")
-        return value.to("meta") if isinstance(value, Tensor) else value
-
-    return tree_map(meta, values)
 
 
 class _Blind(TorchFunctionMode):

@@ -283,7 +283,7 @@ class _Streams(TorchDispatchMode):
             return found if to_host or not isinstance(found, Tensor) else simulator.adopt(found)
 
         try:
-            shapes = func(*_on_meta(args), **_on_meta(kwargs))
+            shapes = func(*on_meta(args), **on_meta(kwargs))
             assert not to_host and all(isinstance(x, Tensor) for x in tree_leaves(shapes))
         except Exception:  # it yields a number, or something whose size depends on one
             simulator.wait()
@@ -302,7 +302,9 @@ class _Streams(TorchDispatchMode):
         return tree_map(place, targets)
 
 
-def _on_meta(values: Any) -> Any:
+def on_meta(values: Any) -> Any:
+    """`values` without content: what an op would make of them is asked of torch by these."""
+
     def meta(value: Any) -> Any:
         if isinstance(value, torch.device):
             return torch.device("meta")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from helpers.interpreter import skip_unknown
 from torch import Tensor
 
 from trimaran.kernels_cuda.portable import attention, attention_split, attention_tile
@@ -260,8 +261,7 @@ FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 def test_float8_cache(kv_dtype: torch.dtype, device: torch.device, table: Table) -> None:
     if device.type == "cuda" and str(kv_dtype).removeprefix("torch.") not in table.fp8:
         pytest.skip(f"this card converts no {kv_dtype}")
-    if kv_dtype == torch.float8_e4m3fnuz and triton.__version__.startswith("3.6."):
-        pytest.skip("not among the types of this interpreter")
+    skip_unknown(kv_dtype)
     spec = spec_of(dtype=torch.float16, kv_dtype=kv_dtype)
     check(make_step(MIXED, spec, device, scales=(0.5, 2.0)), spec, table)
 

@@ -7,10 +7,10 @@ import random
 
 import pytest
 import torch
-import triton
 from helpers.attention_steps import BASE
 from helpers.engine_loop import greedy, open_loop
 from helpers.generate_reference import greedy_cases
+from helpers.interpreter import skip_unknown
 
 from trimaran.conformance.lab import as_bits
 from trimaran.conformance.paged import Program
@@ -25,8 +25,7 @@ KINDS = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz]
 
 def attention_over(kind: torch.dtype, table: Table) -> TritonAttention:
     """That of a card which converts this kind alone."""
-    if kind == torch.float8_e4m3fnuz and triton.__version__.startswith("3.6."):
-        pytest.skip("not among the types of this interpreter")
+    skip_unknown(kind)
     return TritonAttention(dataclasses.replace(table, fp8=(str(kind).removeprefix("torch."),)))
 
 
